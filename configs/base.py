@@ -1,0 +1,161 @@
+"""Shared pieces of the configs, and the typed parser of the argument behind the ':'."""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from salt_jax.errors import InputError
+from salt_jax.models import text, vae, wan
+
+WAN_SIZES = {'nano': wan.wan_nano, '1.3b': wan.wan_1_3b, '14b': wan.wan_14b}
+
+
+def parse_arg(arg: str | None, **spec) -> ConfigDict:
+  """Reads 'nano,sink=3,flag' by a spec of defaults, and refuses what is not in it.
+
+  A tuple in the spec is a choice: its first member is the default, and a member may be given bare. A bool may be given
+  bare too. Other values take the type of their default.
+
+  Raises:
+    InputError: for an unknown word, a repeated one, or a value of the wrong type.
+  """
+  values = {k: v[0] if isinstance(v, tuple) else v for k, v in spec.items()}
+  bare = {word: key for key, v in spec.items() if isinstance(v, tuple) for word in v}
+  bare |= {key: key for key, v in spec.items() if isinstance(v, bool)}
+  seen = set()
+  for item in filter(None, (arg or '').split(',')):
+    key, equals, value = item.partition('=')
+    if not equals and key in bare:
+      key, value = bare[key], key
+    if key not in spec or (not equals and key not in bare.values()):
+      known = ', '.join(sorted(bare) + [f'{k}=' for k in spec if k not in bare])
+      raise InputError(f'the config argument "{item}" is unknown; known are: {known}.')
+    if key in seen:
+      raise InputError(f'the config argument "{key}" is given twice in "{arg}".')
+    seen.add(key)
+    values[key] = _typed(key, value, spec[key])
+  return ConfigDict(values)
+
+
+def _typed(key, value, default):
+  if isinstance(default, tuple):
+    if value not in default:
+      raise InputError(f'the config argument {key}={value} is not one of {", ".join(default)}.')
+    return value
+  if isinstance(default, bool):
+    if value not in (key, 'true', 'false'):
+      raise InputError(f'the config argument {key}={value} must be true or false.')
+    return value != 'false'
+  try:
+    return type(default)(value)
+  except ValueError:
+    raise InputError(
+      f'the config argument {key}={value} must be of type {type(default).__name__}.'
+    ) from None
+
+
+def _section(dataclass) -> ConfigDict:
+  return ConfigDict(dataclasses.asdict(dataclass))
+
+
+def dit(size: str) -> ConfigDict:
+  """A DiT; everything above nano runs remat and bfloat16."""
+  return _section(WAN_SIZES[size]())
+
+
+def vae_section(size: str) -> ConfigDict:
+  return _section(vae.nano_vae() if size == 'nano' else vae.wan_vae())
+
+
+def text_section(size: str) -> ConfigDict:
+  return _section(text.nano_text() if size == 'nano' else text.umt5_xxl())
+
+
+def geometry(size: str) -> ConfigDict:
+  """81 pixel frames at 16 fps, 21 latent frames; 64x64 for nano, 480x832 for Wan."""
+  if size == 'nano':
+    return ConfigDict(dict(frames=81, height=64, width=64, fps=16))
+  return ConfigDict(dict(frames=81, height=480, width=832, fps=16))
+
+
+def adamw(lr: float, **changes) -> ConfigDict:
+  """AdamW behind a clip by global norm; a constant rate unless schedule='cosine' and total say otherwise."""
+  fields = dict(
+    lr=lr,
+    b1=0.9,
+    b2=0.999,
+    eps=1e-8,
+    weight_decay=0.01,
+    clip=10.0,
+    schedule='constant',
+    warmup=0,
+    total=0,
+  )
+  unknown = set(changes) - set(fields)
+  if unknown:
+    raise InputError(f'adamw has no field {", ".join(sorted(unknown))}.')
+  return ConfigDict(fields | changes)
+
+
+def sharding(size: str) -> dict:
+  """Mesh and rules: nano is replicated, data parallel; the real sizes shard everything over fsdp."""
+  if size == 'nano':
+    return dict(
+      mesh=ConfigDict(dict(data=-1, fsdp=1, context=1, tensor=1)), rules=(('.*', 'replicate'),)
+    )
+  return dict(mesh=ConfigDict(dict(data=1, fsdp=-1, context=1, tensor=1)), rules=(('.*', 'fsdp'),))
+
+
+def common(name: str, stage: str, size: str, total_steps: int, batch: int) -> ConfigDict:
+  """What every stage has."""
+  return ConfigDict(
+    dict(
+      name=name,
+      stage=stage,
+      size=size,
+      seed=0,
+      total_steps=total_steps,
+      batch=batch,  # global, over all devices
+      video=geometry(size),
+      vae=vae_section(size),
+      text=text_section(size),
+      text_length=dit(size).text_len,
+      weights=weights(size),
+      ema=dict(decay=0.99, start=0),
+      checkpoint=dict(every=max(1, total_steps // 5), keep=2),  # in steps; kept checkpoints
+      log=dict(every=10),
+      export_dtype='float16' if size == 'nano' else 'float32',
+      workers=0,  # data processes; 0 renders in threads
+      **sharding(size),
+    )
+  )
+
+
+def weights(size: str) -> ConfigDict:
+  """Files a stage may start from; 'assets:' is the package's own folder."""
+  if size == 'nano':
+    files = dict(
+      vae='assets:nano_vae.safetensors',
+      text='assets:nano_text.safetensors',
+      teacher='assets:nano_teacher.safetensors',
+      init='assets:nano_init.safetensors',
+      student='assets:nano_student.safetensors',
+    )
+  else:
+    files = dict(
+      vae='weights/Wan2.1_VAE.safetensors',
+      text='weights/models_t5_umt5-xxl-enc-bf16.safetensors',
+      teacher='weights/Wan2.1-T2V-14B.safetensors',
+      init=f'weights/causal_init_{size}.safetensors',
+      student=f'weights/student_{size}.safetensors',
+      critic=f'weights/Wan2.1-T2V-{size.upper()}.safetensors',
+    )
+  return ConfigDict(files)
+
+
+def rollout(size: str, **changes) -> ConfigDict:
+  """How the student generates: chunks of 3 of 21 latent frames, full cache."""
+  fields = dict(
+    frames=21, chunk=3, sink=0, window=0, mode='sde', unroll=size != 'nano', context_noise=0.0
+  )
+  return ConfigDict(fields | changes)

@@ -1,0 +1,270 @@
+"""Checkpoints on Orbax, and the config that belongs to a working directory.
+
+One step is one folder with the items of the run (`state`, `ema`) and a small JSON item `info`.
+Orbax writes it under a temporary name and renames it at the end: a killed save leaves no step
+behind, and the next start removes the remainder. Orbax does not notice a flipped bit in the arrays;
+the fingerprints kept in `info` do.
+"""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+from jaxtyping import Array, UInt32
+
+from salt_jax.errors import InputError
+
+ITEMS = ('state', 'ema')
+
+
+class Checkpoints:
+  """The checkpoints of one run: saved in the background, a few newest kept."""
+
+  def __init__(self, folder: str, every: int = 1, keep: int = 2):
+    """Opens or creates `folder` and removes what an unfinished save left.
+
+    Args:
+      folder: holds one folder per step; the same for all processes.
+      every: `save` saves at multiples of this many steps.
+      keep: how many newest steps stay.
+    """
+    self.folder = local_folder(folder)
+    self._manager = ocp.CheckpointManager(
+      self.folder,
+      options=ocp.CheckpointManagerOptions(
+        save_decision_policy=ocp.checkpoint_managers.FixedIntervalPolicy(every),
+        preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+        cleanup_tmp_directories=True,
+      ),
+      handler_registry=_handlers(),
+    )
+
+  def latest_step(self) -> int | None:
+    """The newest finished step, None while there is none."""
+    return self._manager.latest_step()
+
+  def save(
+    self, step: int, items: Mapping[str, Any], info: Mapping[str, Any], force: bool = False
+  ) -> bool:
+    """Copies the items to the host and writes them in the background.
+
+    The device arrays may be donated as soon as this returns.
+
+    Args:
+      step: the step they belong to.
+      items: {'state': pytree, 'ema': pytree}.
+      info: JSON values, such as the data position and the config's digest.
+      force: save although `step` is not a multiple of `every`; for the last step.
+
+    Returns:
+      Whether the step is being saved; False when it is not due or already there.
+    """
+    if step == self.latest_step() or not (force or self._manager.should_save(step)):
+      return False
+    prints = {name: int(jax.device_get(fingerprint(tree))) for name, tree in items.items()}
+    args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+    args['info'] = ocp.args.JsonSave(dict(info) | {'step': int(step), 'fingerprints': prints})
+    return self._manager.save(step, args=ocp.args.Composite(**args), force=force)
+
+  def restore(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads the items named in `like`, and `info`.
+
+    Args:
+      step: a finished step.
+      like: item name to a tree of ShapeDtypeStructs with shardings, of this or another mesh.
+
+    Returns:
+      item name to tree, and 'info' to the dict that was saved with them.
+
+    Raises:
+      InputError: the step is missing or damaged, or holds other shapes than `like`.
+    """
+    return _restore(self._manager, self.folder, step, like)
+
+  def close(self) -> None:
+    """Waits for the save in progress, and raises what went wrong in it."""
+    self._manager.close()
+
+
+def restore_ema(folder: str, like: Any, step: int | None = None) -> Any:
+  """Reads the averaged weights alone, for samplers; changes nothing in `folder`.
+
+  Args:
+    folder: the checkpoints of a run.
+    like: tree of ShapeDtypeStructs with shardings.
+    step: by default the newest.
+
+  Raises:
+    InputError: nothing there, another size, or damaged files.
+  """
+  path = local_folder(folder)
+  if not path.is_dir():
+    raise InputError(f'there is no checkpoint folder {path}; pass the one a training run wrote.')
+  options = ocp.CheckpointManagerOptions(read_only=True, create=False)
+  with ocp.CheckpointManager(path, options=options, handler_registry=_handlers()) as manager:
+    step = manager.latest_step() if step is None else step
+    if step is None:
+      raise InputError(f'{path} holds no finished checkpoint; train until one is saved.')
+    return _restore(manager, path, step, {'ema': like})['ema']
+
+
+def check_config(
+  workdir: str, config: ml_collections.ConfigDict, may_change: tuple[str, ...] = ()
+) -> None:
+  """Writes `config.json` at the first start and compares with it at later ones.
+
+  Args:
+    workdir: the run's folder.
+    config: the whole config; references are resolved.
+    may_change: dotted keys, or sections, that a later start may set differently.
+
+  Raises:
+    InputError: a value differs, or the stored file cannot be read.
+  """
+  path = local_folder(workdir) / 'config.json'
+  text = _config_text(config)
+  if not path.exists():
+    if jax.process_index() == 0:
+      path.parent.mkdir(parents=True, exist_ok=True)
+      fresh = path.with_name('config.json.new')
+      fresh.write_text(text, encoding='utf-8')
+      fresh.replace(path)
+    return
+  try:
+    stored = _flatten(json.loads(path.read_text(encoding='utf-8')))
+  except ValueError as error:
+    raise InputError(
+      f'{path} is damaged ({error}); delete it, or pass another --workdir.'
+    ) from error
+  given = _flatten(json.loads(text))
+  for key in sorted(stored.keys() | given.keys()):
+    free = any(key == name or key.startswith(name + '.') for name in may_change)
+    old, new = stored.get(key, 'absent'), given.get(key, 'absent')
+    if old != new and not free:
+      raise InputError(
+        f'config.{key} is {new}, but the run in {path.parent} has {old}: '
+        'pass another --workdir or the same config.'
+      )
+
+
+def config_digest(config: ml_collections.ConfigDict) -> str:
+  """A short hash of the resolved config, to be kept with a checkpoint."""
+  return hashlib.sha256(_config_text(config).encode()).hexdigest()[:16]
+
+
+def local_folder(path: str) -> pathlib.Path:
+  """The absolute path of a folder on this machine's file systems.
+
+  Raises:
+    InputError: a bucket's address.
+  """
+  if '://' in str(path):
+    raise InputError(
+      f'{path} is not a folder: mount the bucket, for example with gcsfuse, and '
+      'pass the mounted folder.'
+    )
+  return pathlib.Path(path).expanduser().absolute()
+
+
+@jax.jit
+def fingerprint(tree: Any) -> UInt32[Array, '']:
+  """Adds up the bits of all leaves modulo 2**32, leaf after leaf.
+
+  Integer sums do not depend on their order, so neither on the mesh; one flipped bit changes them.
+  """
+  total = jnp.uint32(0)
+  for leaf in jax.tree.leaves(tree):
+    total = total * jnp.uint32(1000003) + _bit_sum(jnp.asarray(leaf))
+  return total
+
+
+def _bit_sum(x: Array) -> UInt32[Array, '']:
+  if x.dtype == jnp.bool_:
+    return jnp.sum(x, dtype=jnp.uint32)
+  word = jnp.dtype(f'uint{8 * min(x.dtype.itemsize, 4)}')
+  return jnp.sum(jax.lax.bitcast_convert_type(x, word), dtype=jnp.uint32)
+
+
+def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
+  registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+  for item in ITEMS:
+    arrays = ocp.StandardCheckpointHandler()
+    registry.add(item, ocp.args.StandardSave, arrays)
+    registry.add(item, ocp.args.StandardRestore, arrays)
+  info = ocp.JsonCheckpointHandler()
+  registry.add('info', ocp.args.JsonSave, info)
+  registry.add('info', ocp.args.JsonRestore, info)
+  return registry
+
+
+def _restore(
+  manager: ocp.CheckpointManager, folder: pathlib.Path, step: int, like: Mapping[str, Any]
+) -> dict[str, Any]:
+  steps = sorted(manager.all_steps())
+  if step not in steps:
+    raise InputError(f'{folder} holds no checkpoint of step {step}, only of {steps}.')
+  path = folder / str(step)
+  args = {name: ocp.args.StandardRestore(tree) for name, tree in like.items()}
+  args['info'] = ocp.args.JsonRestore()
+  # TensorStore reports a short read as a bare Exception.
+  try:
+    stored = manager.metadata(step).item_metadata
+    for name, tree in like.items():
+      _compare(path, name, stored[name].tree, tree)
+    found = dict(manager.restore(step, args=ocp.args.Composite(**args)).items())
+    prints = found['info'].pop('fingerprints')
+  except (InputError, jax.errors.JaxRuntimeError):
+    raise
+  except Exception as error:
+    raise _damaged(path, steps, str(error)) from error
+  for name in like:
+    if int(jax.device_get(fingerprint(found[name]))) != prints[name]:
+      raise _damaged(path, steps, f'the bits of {name} are not those that were saved')
+  return found
+
+
+def _compare(path: pathlib.Path, item: str, stored: Any, like: Any) -> None:
+  held, asked = _leaves(stored), _leaves(like)
+  for name in sorted(held.keys() | asked.keys()):
+    one, other = held.get(name, 'nothing'), asked.get(name, 'nothing')
+    if one != other:
+      raise InputError(
+        f'checkpoint {path} holds {one} at {item}/{name}, but the config asks for '
+        f'{other}: pass the config it was trained with.'
+      )
+
+
+def _leaves(tree: Any) -> dict[str, str]:
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): f'{np.dtype(x.dtype)}{list(x.shape)}'
+    for path, x in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def _damaged(path: pathlib.Path, steps: list[int], reason: str) -> InputError:
+  before = [step for step in steps if step < int(path.name)]
+  mend = f'go on from step {before[-1]}' if before else 'start anew'
+  reason = reason.strip().partition('\n')[0].partition('. See full')[0][:200]
+  return InputError(f'checkpoint {path} is damaged ({reason}); delete that folder to {mend}.')
+
+
+def _config_text(config: ml_collections.ConfigDict) -> str:
+  resolved = config.copy_and_resolve_references().to_dict()
+  return json.dumps(resolved, indent=2, sort_keys=True) + '\n'
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  flat = {}
+  for key, value in tree.items():
+    if isinstance(value, dict):
+      flat |= _flatten(value, f'{prefix}{key}.')
+    else:
+      flat[prefix + key] = value
+  return flat

@@ -1,0 +1,201 @@
+"""Input pipelines on Grain in which the batch is a function of the step.
+
+Batch s holds the global examples [s B, (s + 1) B) of an endless sequence, and process p of P takes
+the p-th contiguous share of them. So a run resumes by starting at its step, and any number of
+processes sees the same global batches. Every pipeline yields dicts of NumPy arrays; `index` is the
+example's place in the sequence, from which the caller derives its noise.
+"""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+import grain
+import numpy as np
+from jaxtyping import Int
+
+from salt_jax import clips as world
+from salt_jax.errors import InputError
+from salt_jax.models.text import WordTokenizer
+from salt_jax.store import Store
+
+Batch = dict[str, np.ndarray]
+Tokenize = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+  """Which part of the endless sequence this process reads, and how.
+
+  Attributes:
+    batch: global batch size.
+    seed: seed of clips and shuffles.
+    start_step: step of the first batch; to resume, the step to do next.
+    process_index: number of this process.
+    process_count: number of processes; must divide `batch`.
+    workers: 0 prepares batches in threads; more starts as many processes, which needs parsed absl
+      flags and a main module guarded by `if __name__ == '__main__'`.
+    threads: batches prepared at once in a process.
+  """
+
+  batch: int
+  seed: int = 0
+  start_step: int = 0
+  process_index: int = 0
+  process_count: int = 1
+  workers: int = 0
+  threads: int = 2
+
+  def __post_init__(self):
+    if self.batch < 1 or self.batch % self.process_count:
+      raise InputError(
+        f'batch size {self.batch} cannot be shared by {self.process_count} processes: '
+        'make it a positive multiple of them.'
+      )
+
+  def positions(self, step: int) -> Int[np.ndarray, 'b']:
+    """Global positions of this process's examples at a step."""
+    share = self.batch // self.process_count
+    return step * self.batch + self.process_index * share + np.arange(share, dtype=np.int64)
+
+
+def _stream(feed: Feed, make: Callable[[np.ndarray], Batch]) -> Iterator[Batch]:
+  """Maps the positions of each step, from the first one on, to its batch."""
+  steps = grain.MapDataset.range(feed.start_step, sys.maxsize // (2 * feed.batch))
+  batches = steps.map(lambda step: make(feed.positions(step)))
+  options = grain.ReadOptions(num_threads=feed.threads, prefetch_buffer_size=2 * feed.threads)
+  dataset = batches.to_iter_dataset(options)
+  if feed.workers:
+    dataset = dataset.mp_prefetch(
+      grain.MultiprocessingOptions(num_workers=feed.workers, per_worker_buffer_size=2)
+    )
+  return iter(dataset)
+
+
+def _tokenized(feed: Feed, split: str, length: int) -> Callable[[np.ndarray], Batch]:
+  """Positions -> index, ids and mask of the clips there."""
+  tokenize = WordTokenizer(world.NANO_WORDS, length)
+
+  def make(positions: np.ndarray) -> Batch:
+    ids, mask = tokenize(world.captions(split, positions, feed.seed))
+    return {'index': positions, 'ids': ids, 'mask': mask}
+
+  return make
+
+
+def captions(feed: Feed, split: str = 'train', length: int = 16) -> Iterator[Batch]:
+  """Tokenised captions of the nano world, in the order of `clips`, without rendering.
+
+  Yields:
+    index int64 [b], ids int32 [b n], mask bool [b n].
+  """
+  return _stream(feed, _tokenized(feed, split, length))
+
+
+def clips(
+  feed: Feed,
+  split: str = 'train',
+  frames: int = 81,
+  size: int = world.WORLD,
+  length: int = 16,
+) -> Iterator[Batch]:
+  """Rendered clips of the nano world and their tokenised captions.
+
+  Yields:
+    video uint8 [b f h w 3], index int64 [b], ids int32 [b n], mask bool [b n].
+  """
+  tokens = _tokenized(feed, split, length)
+
+  def make(positions: np.ndarray) -> Batch:
+    scenes = [world.describe(int(position), split, feed.seed) for position in positions]
+    video = np.stack([world.render(scene, frames, size) for scene in scenes])
+    return {'video': video} | tokens(positions)
+
+  return _stream(feed, make)
+
+
+def read_prompts(path: str) -> list[str]:
+  """Reads one prompt a line.
+
+  Raises:
+    InputError: the file is missing, not UTF-8 text, empty, or has an empty line (it is named).
+  """
+  if not os.path.isfile(path):
+    raise InputError(f'prompt file {path} is missing: write one prompt a line there.')
+  with open(path, 'rb') as file:
+    content = file.read()
+  try:
+    lines = content.decode().splitlines()
+  except UnicodeDecodeError as error:
+    raise InputError(f'prompt file {path} is not UTF-8 text: save it as UTF-8.') from error
+  if not lines:
+    raise InputError(f'prompt file {path} is empty: write one prompt a line.')
+  prompts = [line.strip() for line in lines]
+  if '' in prompts:
+    raise InputError(
+      f'line {prompts.index("") + 1} of prompt file {path} is empty: remove it or fill it.'
+    )
+  return prompts
+
+
+def _shuffled(feed: Feed, count: int) -> grain.MapDataset:
+  """Endless rows in [0, count), in a new order every epoch; random access by position."""
+  return grain.MapDataset.range(count).seed(feed.seed).shuffle().repeat()
+
+
+def text_file(path: str, feed: Feed, tokenize: Tokenize) -> Iterator[Batch]:
+  """Prompts of a file, cycled in an order that is new in every epoch.
+
+  Args:
+    path: text file, one prompt a line.
+    feed: which part to read.
+    tokenize: prompts -> (ids int32 [b n], mask bool [b n]).
+
+  Yields:
+    index int64 [b], row int64 [b] (line of the prompt, from 0), ids int32 [b n], mask bool [b n].
+
+  Raises:
+    InputError: see `read_prompts`.
+  """
+  prompts = read_prompts(path)
+  order = _shuffled(feed, len(prompts))
+
+  def make(positions: np.ndarray) -> Batch:
+    rows = np.array([order[int(position)] for position in positions], np.int64)
+    ids, mask = tokenize([prompts[row] for row in rows])
+    return {'index': positions, 'row': rows, 'ids': ids, 'mask': mask}
+
+  return _stream(feed, make)
+
+
+def store_batches(folder: str, feed: Feed, fields: tuple[str, ...] = ()) -> Iterator[Batch]:
+  """Records of an array store, shuffled anew in every epoch.
+
+  Args:
+    folder: a finished store.
+    feed: which part to read.
+    fields: the fields to yield; none named means all.
+
+  Yields:
+    each field [b ...], index int64 [b], row int64 [b] (number of the record in the store).
+
+  Raises:
+    InputError: the store is unfinished or damaged, or lacks a field.
+  """
+  store = Store(folder)
+  names = fields or tuple(store.fields)
+  lacking = [name for name in names if name not in store.fields]
+  if lacking:
+    raise InputError(
+      f"store {folder} has no field '{lacking[0]}': it has {', '.join(store.fields)}."
+    )
+  order = _shuffled(feed, len(store))
+
+  def make(positions: np.ndarray) -> Batch:
+    rows = np.array([order[int(position)] for position in positions], np.int64)
+    records = [store[int(row)] for row in rows]
+    batch = {name: np.stack([record[name] for record in records]) for name in names}
+    return batch | {'index': positions, 'row': rows}
+
+  return _stream(feed, make)

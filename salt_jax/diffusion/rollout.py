@@ -1,0 +1,210 @@
+"""Few-step generation, chunk after chunk with a cache: what a student does at inference and is trained on.
+
+A chunk is denoised from noise: predict x0, re-noise to the next level, …, up to the exit step, whose x0 is the chunk's
+output. One more pass over that output writes the chunk's keys and values for the chunks behind it.
+
+Training needs a gradient through the exit step alone. So the whole rollout runs without one and remembers the input
+of every exit; then `exit_x0` repeats the exits of all chunks in a single differentiable pass against the finished
+cache. Chunk i of that pass sees exactly what it saw before, so the values agree, nothing flows through the cache, and
+one cache is alive in the backward pass instead of one a chunk.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int, Key
+
+from salt_jax.diffusion import flow
+from salt_jax.errors import InputError
+from salt_jax.models import rope
+from salt_jax.models.cache import KVCache, allocate, slots_needed, write
+from salt_jax.models.wan import Chunk, Clip
+
+# Draws of `flow.frame_noise`: 0 is the first noise, step i re-noises with i + 1, the cache pass with this one.
+CONTEXT_DRAW = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunking:
+  """What is static in a rollout: shapes and the kind of cache.
+
+  Attributes:
+    frames: latent frames of the clip.
+    chunk: latent frames in a chunk.
+    latent: (rows, columns, channels) of a latent frame.
+    cache: (layers, tokens a frame, heads, head width) of the model.
+    sink: first frames that stay visible.
+    window: frames a chunk may see; None is all.
+    mode: 'sde' re-noises with fresh noise between steps, 'ode' takes the Euler step.
+    unroll: one program a chunk, each with a static slice of the cache; otherwise one loop with a mask.
+    context_noise: sigma at which the finished chunk is cached.
+    dtype: of the cache.
+  """
+
+  frames: int
+  chunk: int
+  latent: tuple[int, int, int]
+  cache: tuple[int, int, int, int]
+  sink: int = 0
+  window: int | None = None
+  mode: str = 'sde'
+  unroll: bool = True
+  context_noise: float = 0.0
+  dtype: str = 'bfloat16'
+
+  def __post_init__(self):
+    if self.frames % self.chunk:
+      raise InputError(f'{self.frames} latent frames do not divide into chunks of {self.chunk}.')
+    if self.frames > rope.MAX_FRAMES:
+      raise InputError(
+        f'{self.frames} latent frames exceed the {rope.MAX_FRAMES} positions of RoPE.'
+      )
+    if self.mode not in ('sde', 'ode'):
+      raise InputError(f'rollout mode "{self.mode}" is unknown: choose sde or ode.')
+
+
+@struct.dataclass
+class Plan:
+  """A rollout to make: the static part, and arrays that may change from step to step without a recompile.
+
+  Attributes:
+    chunking: the static part.
+    sigmas: levels of the schedule from 1 downwards, then zeros; `[s]`.
+    exit: index of the step whose x0 is the output, the same for all chunks.
+  """
+
+  chunking: Chunking = struct.field(pytree_node=False)
+  sigmas: Float[Array, 's']
+  exit: Int[Array, '']
+
+
+@struct.dataclass
+class Trace:
+  """Input of each chunk's exit step, `[b f h w c]`, and its level."""
+
+  x: Float[Array, 'b f h w c']
+  sigma: Float[Array, '']
+
+
+@struct.dataclass
+class Rollout:
+  """Clean latents, what is needed to repeat the exits, and the cache after the last chunk."""
+
+  x0: Float[Array, 'b f h w c']
+  trace: Trace
+  cache: KVCache
+
+
+def empty_cache(chunking: Chunking, batch: int, streaming: bool = False) -> KVCache:
+  """A cache for one clip: all its frames, or for streaming only those that can still be seen."""
+  layers, tokens, heads, width = chunking.cache
+  slots = chunking.frames
+  if streaming:
+    slots = slots_needed(chunking.frames, chunking.chunk, chunking.sink, chunking.window)
+  shape = (layers, batch, slots, tokens, heads, width)
+  window = (
+    None if chunking.window is None or chunking.window >= chunking.frames else chunking.window
+  )
+  return allocate(shape, chunking.dtype, sink=chunking.sink if window else 0, window=window)
+
+
+def denoise_chunk(
+  apply: Callable,
+  params,
+  keys: Key[Array, 'b'],
+  text: Float[Array, 'b n d'],
+  plan: Plan,
+  state: tuple,
+) -> tuple[Float[Array, 'b f h w c'], Float[Array, 'b f h w c'], KVCache]:
+  """Generates the chunk at `start` and commits it.
+
+  The steps and the pass that fills the cache are one loop over one body, so a program holds the network once.
+
+  Args:
+    apply: the model.
+    params: its parameters.
+    keys: one key an example.
+    text: encoder rows.
+    plan: schedule and exit.
+    state: (cache, start); a Python int as start reads the cache statically.
+
+  Returns:
+    (x0, input of the exit step, new cache).
+  """
+  cache, start = state
+  chunking = plan.chunking
+  frames = start + jnp.arange(chunking.chunk)
+  shape = (keys.shape[0], chunking.chunk)
+  noise = flow.frame_noise(keys, frames, 0, chunking.latent)
+  layers, tokens, heads, width = chunking.cache
+  kv = jnp.zeros((layers, *shape, tokens, heads, width), chunking.dtype)
+
+  def body(i, carry):
+    x, exit_x, x0, _ = carry
+    at_exit, before_cache = i == plan.exit, i <= plan.exit
+    sigma = jnp.where(before_cache, plan.sigmas[i], chunking.context_noise)
+    v, features = apply(params, x, jnp.full(shape, 1000 * sigma), text, Chunk(cache, start))
+    prediction = flow.x0_from_velocity(x, v, sigma)
+    following = jnp.where(at_exit, chunking.context_noise, plan.sigmas[i + 1])
+    eps = flow.frame_noise(keys, frames, jnp.where(at_exit, CONTEXT_DRAW, i + 1), chunking.latent)
+    stepped = flow.add_noise(prediction, eps, following)
+    if chunking.mode == 'ode':
+      stepped = jnp.where(at_exit, stepped, flow.euler(x, v, sigma, following))
+    exit_x = jnp.where(at_exit, x, exit_x)
+    x0 = jnp.where(before_cache, prediction, x0)
+    return stepped, exit_x, x0, (features.k.astype(kv.dtype), features.v.astype(kv.dtype))
+
+  _, exit_x, x0, (k, v) = jax.lax.fori_loop(0, plan.exit + 2, body, (noise, noise, noise, (kv, kv)))
+  return x0, exit_x, write(cache, k, v, start)
+
+
+def rollout(
+  apply: Callable, params, key: Key[Array, 'b'], text: Float[Array, 'b n d'], plan: Plan
+) -> Rollout:
+  """A whole clip without gradient (Self-Forcing's rollout; salt_method.md 1.6).
+
+  Args:
+    apply: `(params, x, t, text, ctx) -> (velocity, features)`.
+    params: parameters; no gradient reaches them.
+    key: one key an example.
+    text: encoder rows.
+    plan: what to do.
+
+  Returns:
+    x0 `[b f h w c]` float32, the exits' inputs, the cache.
+  """
+  params, text = jax.lax.stop_gradient((params, text))
+  chunking = plan.chunking
+  cache = empty_cache(chunking, text.shape[0])
+  starts = range(0, chunking.frames, chunking.chunk)
+  if chunking.unroll:
+    outs = []
+    for start in starts:
+      x0, exit_x, cache = denoise_chunk(apply, params, key, text, plan, (cache, start))
+      outs.append((x0, exit_x))
+    x0, exit_x = (jnp.concatenate(parts, axis=1) for parts in zip(*outs, strict=True))
+  else:
+    zeros = jnp.zeros((text.shape[0], chunking.frames, *chunking.latent))
+
+    def body(i, carry):
+      x0, exit_x, cache = carry
+      start = i * chunking.chunk
+      new_x0, new_exit, cache = denoise_chunk(apply, params, key, text, plan, (cache, start))
+      put = jax.lax.dynamic_update_slice_in_dim
+      return put(x0, new_x0, start, 1), put(exit_x, new_exit, start, 1), cache
+
+    x0, exit_x, cache = jax.lax.fori_loop(0, len(starts), body, (zeros, zeros, cache))
+  return Rollout(x0=x0, trace=Trace(exit_x, plan.sigmas[plan.exit]), cache=cache)
+
+
+def exit_x0(
+  apply: Callable, params, text: Float[Array, 'b n d'], rolled: Rollout, chunk: int
+) -> Float[Array, 'b f h w c']:
+  """The output of a rollout once more, with gradient through the exit step and through nothing else."""
+  trace, cache = jax.lax.stop_gradient((rolled.trace, rolled.cache))
+  t = jnp.full(trace.x.shape[:2], 1000 * trace.sigma)
+  v, _ = apply(params, trace.x, t, text, Clip(chunk=chunk, past=cache))
+  return flow.x0_from_velocity(trace.x, v, trace.sigma)

@@ -1,0 +1,9 @@
+"""The two ways a run stops on purpose; `main` prints the sentence and exits non-zero."""
+
+
+class InputError(ValueError):
+  """Something the user gave is wrong. The message is one sentence: the thing and the mend."""
+
+
+class NonFiniteError(InputError):
+  """A loss or a norm became NaN or infinite, so going on would only spoil the checkpoints."""

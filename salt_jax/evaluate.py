@@ -1,0 +1,257 @@
+"""What came out: judged clips of held-out captions in a table, and a picture of all methods from the same noise.
+
+  python -m salt_jax.evaluate --checkpoint=RUN --clips=256
+
+makes the table of everything that ships with the nano world, and of a run's student beside it.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jaxtyping import PyTree, UInt8
+from ml_collections import ConfigDict, config_flags
+
+from salt_jax import cli, clips, judge, recipe, sample, stages, video, weights
+from salt_jax.losses.reconstruction import fold_statistics
+from salt_jax.models import vae
+from salt_jax.recipe import Recipe
+from salt_jax.step import to_unit
+
+log = logging.getLogger('salt_jax.evaluate')
+
+MEASURES = ('colour', 'class', 'direction', 'travel', 'drift')
+_BATCH = 16
+
+
+class Method(NamedTuple):
+  """A row of the table: a label and `(captions' ids, mask, index) -> latents or uint8 video`."""
+
+  label: str
+  run: Callable
+
+
+class Row(NamedTuple):
+  """Judged clips of one method; seconds a clip leave compilation and decoding out."""
+
+  label: str
+  videos: UInt8[np.ndarray, 'b f h w 3']
+  results: dict[str, np.ndarray]
+  seconds: float
+
+
+def finished(config: ConfigDict, rec: Recipe, networks: dict[str, PyTree]) -> dict[str, PyTree]:
+  """The averaged networks as they are exported: a VAE's latents get mean 0 and deviation 1 a channel."""
+  if config.stage != 'vae':
+    return networks
+  params = jax.tree.map(jnp.asarray, networks['vae'])
+  run = jax.jit(lambda p, x: vae.encode(p, to_unit(x), rec.vae))
+  z = np.concatenate(
+    [
+      run(params, _real(config, index))
+      for index in np.arange(config.statistics_clips).reshape(-1, 4)
+    ]
+  )
+  axes = tuple(range(z.ndim - 1))
+  return {'vae': jax.tree.map(np.asarray, fold_statistics(params, z.mean(axes), z.std(axes)))}
+
+
+def _real(config: ConfigDict, index, split: str = 'train') -> UInt8[np.ndarray, 'b f h w 3']:
+  frames, size = config.video.frames, config.video.height
+  return np.stack(
+    [clips.render(clips.describe(int(i), split, config.seed), frames, size) for i in index]
+  )
+
+
+def methods(config: ConfigDict, rec: Recipe, networks: dict[str, PyTree]) -> list[Method]:
+  """What a stage's own report shows."""
+  cfg = config.evaluate
+  if config.stage == 'vae':
+    return [_real_method(config), _reconstruction(config, rec, networks['vae'])]
+  if config.stage == 'flow':
+    frozen = {'text': networks['text']} | {'negative': stages.serving(config, rec)['negative']}
+    shape = recipe.latent_shape(config)
+    make = sample.teacher(rec, rec.model, frozen, shape, cfg.guidance)
+    return [
+      Method(f'teacher, {n} steps', make(networks['dit'], n, cfg.shift)) for n in cfg.teacher_steps
+    ]
+  frozen = stages.serving(config, rec, 'text', 'teacher')
+  make = sample.teacher(rec, rec.teacher, frozen, recipe.latent_shape(config), cfg.guidance)
+  rows = [
+    Method(
+      f'teacher, {cfg.teacher_steps} steps',
+      make(frozen['teacher'], cfg.teacher_steps, rec.schedule.shift),
+    )
+  ]
+  few = sample.student(rec, frozen)
+  if config.stage == 'selfforcing':
+    init = weights.load(config.weights.init, 'dit', rec.model)
+    rows += [Method(f'causal init, {n} steps', few(init, n)) for n in cfg.steps]
+  name = 'student' if config.stage == 'selfforcing' else 'causal init'
+  return rows + [Method(f'{name}, {n} steps', few(networks['generator'], n)) for n in cfg.steps]
+
+
+def _real_method(config: ConfigDict, split: str = 'seen') -> Method:
+  return Method('real clips', lambda ids, mask, index: _real(config, index, split))
+
+
+def _reconstruction(config: ConfigDict, rec: Recipe, params: PyTree, split: str = 'seen') -> Method:
+  run = jax.jit(lambda p, x: vae.encode(p, to_unit(x), rec.vae))
+  return Method(
+    'VAE reconstruction', lambda ids, mask, index: run(params, _real(config, index, split))
+  )
+
+
+def measure(
+  config: ConfigDict, rec: Recipe, vae_params: PyTree, rows: list[Method], count: int, split='seen'
+) -> list[Row]:
+  """Draws `count` clips of each method, on the same captions and from the same noise, and judges them."""
+  captions = clips.captions(split, np.arange(count), config.seed)
+  ids, mask = stages.tokenizer(config, rec)(captions)
+  decode, opinion = sample.decoder(rec, vae_params), judge.train()
+  out = []
+  for method in rows:
+    drawn, spent = [], []
+    for at in range(0, count, _BATCH):
+      index = np.arange(at, min(at + _BATCH, count), dtype=np.int32)
+      began = time.monotonic()
+      drawn.append(np.asarray(jax.block_until_ready(method.run(ids[index], mask[index], index))))
+      spent.append((time.monotonic() - began) / len(index))
+    made = np.concatenate(drawn)
+    videos = made if made.dtype == np.uint8 else decode(made)
+    row = Row(
+      method.label,
+      videos,
+      judge.judge(opinion, videos, captions),
+      float(np.median(spent[1:] or spent)),
+    )
+    out.append(row)
+    log.info('%s', _line(row))
+  return out
+
+
+def _line(row: Row) -> str:
+  means = '  '.join(f'{name} {float(row.results[name].mean()):.3f}' for name in MEASURES)
+  return f'{row.label:22s} {means}  {row.seconds:.3f} s/clip'
+
+
+def table(rows: list[Row]) -> str:
+  """Markdown: means, with 95 % bootstrap intervals over the clips."""
+  head = (
+    '| method | ' + ' | '.join(MEASURES) + ' | s/clip |\n' + '|---' * (len(MEASURES) + 2) + '|\n'
+  )
+  lines = []
+  for row in rows:
+    cells = [_cell(name, estimate) for name, estimate in _estimates(row).items()]
+    lines.append(f'| {row.label} | ' + ' | '.join(cells) + f' | {row.seconds:.3f} |')
+  return head + '\n'.join(lines) + '\n'
+
+
+def _estimates(row: Row) -> dict:
+  return judge.summary({name: row.results[name] for name in MEASURES})
+
+
+def _cell(name, estimate):
+  digits = 1 if name == 'travel' else 2
+  return f'{estimate.mean:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]'
+
+
+def picture(path: str, rows: list[Row], captions: list[str], count: int) -> None:
+  """One block a caption, one row a method, columns are frames."""
+  lines = [
+    (row.label, caption, row.videos[i])
+    for i, caption in enumerate(captions[:count])
+    for row in rows
+  ]
+  video.contact_sheet(path, lines)
+
+
+def report(config: ConfigDict, rec: Recipe, networks: dict[str, PyTree], workdir: str) -> None:
+  """Writes `report.md`, `report.json` and `samples.png` of a finished run, and prints the table."""
+  if jax.process_index() or not config.evaluate.clips or config.size != 'nano':
+    return
+  cfg = config.evaluate
+  vae_params = (
+    networks['vae'] if config.stage == 'vae' else weights.load(config.weights.vae, 'vae', rec.vae)
+  )
+  rows = measure(config, rec, vae_params, methods(config, rec, networks), cfg.clips)
+  captions = clips.captions('seen', np.arange(cfg.clips), config.seed)
+  write(workdir, rows, captions, cfg.rows)
+
+
+def write(folder: str, rows: list[Row], captions: list[str], count: int) -> None:
+  """The table as text and as numbers, and the picture."""
+  os.makedirs(folder, exist_ok=True)
+  text = table(rows)
+  with open(os.path.join(folder, 'report.md'), 'w') as file:
+    file.write(text)
+  numbers = {
+    row.label: {'seconds': row.seconds} | {k: list(v) for k, v in _estimates(row).items()}
+    for row in rows
+  }
+  with open(os.path.join(folder, 'report.json'), 'w') as file:
+    json.dump({'clips': len(captions), 'rows': numbers}, file, indent=1)
+  picture(os.path.join(folder, 'samples.png'), rows, captions, count)
+  print(text)
+  log.info('wrote report.md, report.json and samples.png to %s', folder)
+
+
+def shipped(config: ConfigDict, rec: Recipe, checkpoint: str | None) -> list[Method]:
+  """Every row of the card: the networks that ship, and the student of a run."""
+  frozen = stages.serving(config, rec, 'text', 'teacher', 'vae')
+  make = sample.teacher(
+    rec, rec.teacher, frozen, recipe.latent_shape(config), config.evaluate.guidance
+  )
+  few = sample.student(rec, frozen)
+  rows = [_real_method(config), _reconstruction(config, rec, frozen['vae'])]
+  for n in (50, 24, 4, 2):
+    label = f'teacher, {n} steps' if n > 4 else f'teacher cut to {n} steps'
+    rows.append(Method(label, make(frozen['teacher'], n, rec.schedule.shift)))
+  students = {'causal init': weights.load(config.weights.init, 'dit', rec.model)}
+  if checkpoint:
+    students['student of the run'] = sample.load(checkpoint)[2]
+  students['longer-trained student'] = weights.load(config.weights.student, 'dit', rec.model)
+  return rows + [
+    Method(f'{name}, {n} steps', few(params, n))
+    for name, params in students.items()
+    for n in (4, 2)
+  ]
+
+
+def define_flags() -> None:
+  config_flags.DEFINE_config_file(
+    'config', 'configs/selfforcing.py:nano', 'Sizes and weights of the nano world.'
+  )
+  flags.DEFINE_string(
+    'checkpoint', None, 'Workdir or exported file of a student to put beside the shipped ones.'
+  )
+  flags.DEFINE_integer('clips', 64, 'Clips a row.')
+  flags.DEFINE_enum(
+    'split', 'seen', ['seen', 'unseen'], 'Held-out images in captions seen or not seen in training.'
+  )
+  flags.DEFINE_string(
+    'output', 'runs/evaluate', 'Folder for report.md, report.json and samples.png.'
+  )
+
+
+def program() -> None:
+  args = flags.FLAGS
+  rec = recipe.build(args.config)
+  vae_params = weights.load(args.config.weights.vae, 'vae', rec.vae)
+  rows = measure(
+    args.config, rec, vae_params, shipped(args.config, rec, args.checkpoint), args.clips, args.split
+  )
+  captions = clips.captions(args.split, np.arange(args.clips), args.config.seed)
+  write(args.output, rows, captions, args.config.evaluate.rows)
+
+
+if __name__ == '__main__':
+  define_flags()
+  cli.run(program)

@@ -1,0 +1,37 @@
+"""Entry point of training: flags, start-up, one call.
+
+python -m salt_jax.main --config=configs/selfforcing.py:nano [--workdir=DIR] [--config.key=value …]
+"""
+
+import logging
+import os
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from salt_jax import cli, train
+from salt_jax.errors import InputError
+
+_CONFIG = config_flags.DEFINE_config_file(
+  'config', None, 'Experiment, such as configs/selfforcing.py:nano.'
+)
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run lives; runs/NAME by default.')
+_MULTIHOST = flags.DEFINE_bool(
+  'multihost', False, 'Join the other hosts of a slice before anything else.'
+)
+
+
+def main() -> None:
+  config = _CONFIG.value
+  if config is None:
+    raise InputError('pass an experiment, such as --config=configs/selfforcing.py:nano.')
+  if _MULTIHOST.value:
+    jax.distributed.initialize()
+    if jax.process_index():
+      logging.getLogger('salt_jax').setLevel(logging.WARNING)
+  train.run(config, _WORKDIR.value or os.path.join('runs', config.name))
+
+
+if __name__ == '__main__':
+  cli.run(main)

@@ -1,0 +1,351 @@
+"""The Wan 2.1 video DiT: one set of blocks, bidirectional or causal, any size from one definition.
+
+What makes a pass causal is its context, not its parameters: `Clip` is a whole clip (bidirectional, or chunk-causal),
+`Chunk` is one chunk behind a KV cache. Modulation is per latent frame, so a timestep is `[b f]`. Tokens are kept
+as `[b f t d]`, t tokens a frame, so that what belongs to a frame broadcasts by itself.
+
+Where the original forces float32, so does this port: time embedding, modulation, norms, RoPE, gates, the
+residual stream and the head. Projections run in `WanConfig.dtype`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import linen as nn
+from flax import struct
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from salt_jax.errors import InputError
+from salt_jax.models import attention, rope
+from salt_jax.models.cache import KVCache, visible, visible_runs
+
+PATCH = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class WanConfig:
+  """Sizes of a DiT and how it computes; hashable, so it is static under jit."""
+
+  dim: int
+  ffn_dim: int
+  heads: int
+  layers: int
+  text_dim: int = 4096
+  text_len: int = 512
+  in_channels: int = 16
+  out_channels: int = 16
+  freq_dim: int = 256
+  eps: float = 1e-6
+  dtype: str = 'bfloat16'
+  attention: str = 'dense'
+  remat: bool = True
+
+  def __post_init__(self):
+    if self.dim % self.heads or (self.dim // self.heads) % 2:
+      raise InputError(f'dim {self.dim} does not divide into {self.heads} heads of even width.')
+
+  @property
+  def head_dim(self) -> int:
+    return self.dim // self.heads
+
+
+def wan_1_3b() -> WanConfig:
+  return WanConfig(dim=1536, ffn_dim=8960, heads=12, layers=30)
+
+
+def wan_14b() -> WanConfig:
+  return WanConfig(dim=5120, ffn_dim=13824, heads=40, layers=40)
+
+
+def wan_nano() -> WanConfig:
+  return WanConfig(
+    dim=128, ffn_dim=512, heads=4, layers=6, text_dim=64, text_len=16, dtype='float32', remat=False
+  )
+
+
+@struct.dataclass
+class Clip:
+  """Context of a whole clip.
+
+  Attributes:
+    chunk: latent frames in a chunk; None is bidirectional.
+    past: if given, a chunk's earlier frames are read from this cache instead of from the clip itself. All chunks
+      then run in parallel exactly as they would one by one. Gradients never flow through it.
+    taps: blocks whose output is returned.
+  """
+
+  chunk: int | None = struct.field(pytree_node=False, default=None)
+  past: KVCache | None = None
+  taps: tuple[int, ...] = struct.field(pytree_node=False, default=())
+
+
+@struct.dataclass
+class Chunk:
+  """Context of one chunk: its cache and the absolute index of its first frame.
+
+  A Python int as `start` reads a static slice of the cache; an array reads all of it behind a mask.
+  """
+
+  cache: KVCache
+  start: int | Int[Array, '']
+  taps: tuple[int, ...] = struct.field(pytree_node=False, default=())
+
+
+@struct.dataclass
+class Features:
+  """What a pass gives besides velocity: its own keys and values `[layer b f t n d]`, and tapped blocks `[b f t d]`."""
+
+  k: Array
+  v: Array
+  taps: dict[int, Array]
+
+
+def layer_norm(x: Float[Array, '... d'], eps: float) -> Float[Array, '... d']:
+  """LayerNorm without parameters, statistics in float32, result in float32."""
+  x = x.astype(jnp.float32)
+  centred = x - x.mean(-1, keepdims=True)
+  return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
+
+
+def sinusoid(t: Float[Array, 'b f'], dim: int) -> Float[Array, 'b f {dim}']:
+  """Time embedding of t in [0, 1000]: cosines first, then sines, frequencies 10000**(-i / (dim/2))."""
+  frequencies = 10000.0 ** (-np.arange(dim // 2, dtype=np.float64) / (dim // 2))
+  angles = t.astype(jnp.float32)[..., None] * jnp.asarray(frequencies, jnp.float32)
+  return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class RMSNorm(nn.Module):
+  """RMS over the whole width, before the head split; the weight multiplies after the cast back."""
+
+  eps: float
+
+  @nn.compact
+  def __call__(self, x):
+    weight = self.param('weight', nn.initializers.ones, (x.shape[-1],))
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
+    return x32.astype(x.dtype) * weight
+
+
+class AffineLayerNorm(nn.Module):
+  eps: float
+
+  @nn.compact
+  def __call__(self, x):
+    weight = self.param('weight', nn.initializers.ones, (x.shape[-1],))
+    bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
+    return layer_norm(x, self.eps) * weight + bias
+
+
+def _dense(
+  features: int, cfg: WanConfig, name: str, std: float | None = None, dtype=None
+) -> nn.Dense:
+  init = nn.initializers.xavier_uniform() if std is None else nn.initializers.normal(std)
+  return nn.Dense(features, dtype=dtype or cfg.dtype, kernel_init=init, name=name)
+
+
+class SelfAttention(nn.Module):
+  cfg: WanConfig
+
+  @nn.compact
+  def __call__(self, x, angles, ctx, past):
+    cfg = self.cfg
+    split = functools.partial(rearrange, pattern='b f t (n d) -> b f t n d', n=cfg.heads)
+    q = RMSNorm(cfg.eps, name='norm_q')(_dense(cfg.dim, cfg, 'q')(x))
+    k = RMSNorm(cfg.eps, name='norm_k')(_dense(cfg.dim, cfg, 'k')(x))
+    v = split(_dense(cfg.dim, cfg, 'v')(x))
+    q = rope.rotate(split(q), angles).astype(cfg.dtype)
+    k = rope.rotate(split(k), angles).astype(cfg.dtype)
+    out = _read(q, k, v, ctx, past, cfg.attention)
+    out = rearrange(out, 'b (f t) n d -> b f t (n d)', t=x.shape[2])
+    return _dense(cfg.dim, cfg, 'o')(out), k, v
+
+
+def _tokens(x):
+  return rearrange(x, 'b f t n d -> b (f t) n d')
+
+
+def _read(q, k, v, ctx, past, implementation):
+  """Self-attention of the context's kind; `past` holds this layer's cached keys and values `[b slot t n d]`."""
+  frames, tokens = k.shape[1], k.shape[2]
+  q, k, v = _tokens(q), _tokens(k), _tokens(v)
+  if isinstance(ctx, Chunk):
+    cached_k, cached_v, valid = _past_of_chunk(ctx, past, frames)
+    k = jnp.concatenate([k, cached_k], axis=1)
+    v = jnp.concatenate([v, cached_v], axis=1)
+    if valid is not None:
+      valid = jnp.concatenate([jnp.ones(frames * tokens, bool), jnp.repeat(valid, tokens)])
+    return attention.attend(q, k, v, valid, implementation)
+  if ctx.chunk is None:
+    return attention.attend(q, k, v, implementation=implementation)
+  before = None
+  if ctx.past is not None:
+
+    def before(i):
+      return _slices(past, visible_runs(ctx.past, i * ctx.chunk, ctx.chunk))
+
+  return attention.chunk_causal((q, k, v), ctx.chunk * tokens, before, implementation)
+
+
+def _past_of_chunk(ctx: Chunk, past, frames: int):
+  if isinstance(ctx.start, int):
+    return *_slices(past, visible_runs(ctx.cache, ctx.start, frames)), None
+  return _tokens(past[0]), _tokens(past[1]), visible(ctx.cache, ctx.start, frames)
+
+
+def _slices(past, runs):
+  def gather(x):
+    return _tokens(jnp.concatenate([x[:, run] for run in runs], axis=1) if runs else x[:, :0])
+
+  return gather(past[0]), gather(past[1])
+
+
+class CrossAttention(nn.Module):
+  """Attention to all text rows; the zero rows behind a prompt are attended too, as in the original."""
+
+  cfg: WanConfig
+
+  @nn.compact
+  def __call__(self, x, text):
+    cfg = self.cfg
+    split = functools.partial(rearrange, pattern='b l (n d) -> b l n d', n=cfg.heads)
+    flat = rearrange(x, 'b f t d -> b (f t) d')
+    q = RMSNorm(cfg.eps, name='norm_q')(_dense(cfg.dim, cfg, 'q')(flat))
+    k = RMSNorm(cfg.eps, name='norm_k')(_dense(cfg.dim, cfg, 'k')(text))
+    v = _dense(cfg.dim, cfg, 'v')(text)
+    q, k, v = (split(y).astype(cfg.dtype) for y in (q, k, v))
+    out = attention.attend(q, k, v, implementation=cfg.attention)
+    out = rearrange(out, 'b (f t) n d -> b f t (n d)', f=x.shape[1])
+    return _dense(cfg.dim, cfg, 'o')(out)
+
+
+class Block(nn.Module):
+  """One transformer block (wan.md 1.4): modulated self-attention, cross-attention, modulated MLP."""
+
+  cfg: WanConfig
+
+  @nn.compact
+  def __call__(self, carry, angles, time, text, ctx, layer):
+    cfg = self.cfg
+    x, taps = carry
+    index, past = layer
+    modulation = self.param('modulation', nn.initializers.normal(cfg.dim**-0.5), (1, 6, cfg.dim))
+    shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = rearrange(
+      modulation[:, None] + time, 'b f six d -> six b f 1 d'
+    )
+    h = layer_norm(x, cfg.eps) * (1 + scale_a) + shift_a
+    out, k, v = SelfAttention(cfg, name='self_attn')(h, angles, ctx, past)
+    x = x + out.astype(jnp.float32) * gate_a
+    h = AffineLayerNorm(cfg.eps, name='norm3')(x)
+    x = x + CrossAttention(cfg, name='cross_attn')(h, text).astype(jnp.float32)
+    h = layer_norm(x, cfg.eps) * (1 + scale_m) + shift_m
+    h = jax.nn.gelu(_dense(cfg.ffn_dim, cfg, 'ffn_0')(h), approximate=True)
+    x = x + _dense(cfg.dim, cfg, 'ffn_2')(h).astype(jnp.float32) * gate_m
+    taps = {i: jnp.where(index == i, x, old) for i, old in taps.items()}
+    return (x, taps), (k, v)
+
+
+class Head(nn.Module):
+  cfg: WanConfig
+
+  @nn.compact
+  def __call__(self, x, time):
+    cfg = self.cfg
+    modulation = self.param('modulation', nn.initializers.normal(cfg.dim**-0.5), (1, 2, cfg.dim))
+    shift, scale = jnp.split(modulation[:, None] + time[:, :, None], 2, axis=2)
+    h = layer_norm(x, cfg.eps) * (1 + scale) + shift
+    out = nn.Dense(
+      cfg.out_channels * PATCH**2, dtype=jnp.float32, kernel_init=nn.initializers.zeros, name='head'
+    )
+    return out(h)
+
+
+class Wan(nn.Module):
+  cfg: WanConfig
+
+  @nn.compact
+  def __call__(self, x, t, text, ctx):
+    cfg = self.cfg
+    b, f, h, w, _ = x.shape
+    grid = (f, h // PATCH, w // PATCH)
+    start = ctx.start if isinstance(ctx, Chunk) else 0
+    angles = rope.table(grid, cfg.head_dim, start)
+
+    x = rearrange(x, 'b f (h ph) (w pw) c -> b f (h w) (c ph pw)', ph=PATCH, pw=PATCH)
+    x = _dense(cfg.dim, cfg, 'patch_embedding')(x).astype(jnp.float32)
+    text = _dense(cfg.dim, cfg, 'text_embedding_0', 0.02)(text)
+    text = _dense(cfg.dim, cfg, 'text_embedding_2', 0.02)(jax.nn.gelu(text, approximate=True))
+    e = _dense(cfg.dim, cfg, 'time_embedding_0', 0.02, jnp.float32)(sinusoid(t, cfg.freq_dim))
+    e = _dense(cfg.dim, cfg, 'time_embedding_2', 0.02, jnp.float32)(jax.nn.silu(e))
+    e6 = _dense(6 * cfg.dim, cfg, 'time_projection_1', dtype=jnp.float32)(jax.nn.silu(e))
+    e6 = rearrange(e6, 'b f (six d) -> b f six d', six=6)
+
+    x, k, v, taps = self._blocks(x, angles, e6, text, ctx)
+    x = Head(cfg, name='head')(x, e)
+    velocity = rearrange(
+      x, 'b f (h w) (ph pw c) -> b f (h ph) (w pw) c', h=grid[1], ph=PATCH, pw=PATCH
+    )
+    return velocity, Features(k=k, v=v, taps=taps)
+
+  def _blocks(self, x, angles, time, text, ctx):
+    cfg = self.cfg
+    cache = ctx.cache if isinstance(ctx, Chunk) else ctx.past
+    past = () if cache is None else jax.lax.stop_gradient((cache.k, cache.v))
+    block = nn.remat(Block, prevent_cse=False) if cfg.remat else Block
+    scanned = nn.scan(
+      block,
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+      in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, 0),
+      length=cfg.layers,
+    )
+    taps = {i: jnp.zeros(x.shape, jnp.float32) for i in ctx.taps}
+    layer = (jnp.arange(cfg.layers), past)
+    (x, taps), (k, v) = scanned(cfg, name='blocks')((x, taps), angles, time, text, ctx, layer)
+    return x, k, v, taps
+
+
+def apply(
+  params: dict,
+  x: Float[Array, 'b f h w c'],
+  t: Float[Array, 'b f'],
+  text: Float[Array, 'b n d'],
+  ctx: Clip | Chunk,
+  cfg: WanConfig,
+) -> tuple[Float[Array, 'b f h w c'], Features]:
+  """Velocity `noise - x0` of noisy latents.
+
+  Args:
+    params: as `init_params` makes them; paths are Wan's own names.
+    x: noisy latents; rows and columns divide by the patch, 2.
+    t: timesteps, 1000 * sigma, one a frame, float32.
+    text: encoder rows, zero behind the prompt.
+    ctx: whole clip or chunk with cache.
+    cfg: sizes.
+
+  Returns:
+    (velocity in float32, features).
+  """
+  return Wan(cfg).apply({'params': params}, x, t, text, ctx)
+
+
+def bind(cfg: WanConfig) -> Callable:
+  """`apply` with the sizes filled in: the function that rollouts and losses are given."""
+  return functools.partial(apply, cfg=cfg)
+
+
+def init_params(key: PRNGKeyArray, cfg: WanConfig) -> dict:
+  """Random float32 parameters by the rules of the original (wan.md 1.11)."""
+  x = jnp.zeros((1, 1, PATCH, PATCH, cfg.in_channels))
+  text = jnp.zeros((1, cfg.text_len, cfg.text_dim))
+  return Wan(cfg).init(key, x, jnp.zeros((1, 1)), text, Clip())['params']
+
+
+def param_shapes(cfg: WanConfig) -> dict:
+  """Shapes of the parameters, allocating nothing."""
+  return jax.eval_shape(functools.partial(init_params, cfg=cfg), jax.random.key(0))

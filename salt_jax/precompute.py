@@ -1,0 +1,140 @@
+"""What a stage computes once and keeps in its workdir: latents of clips, and trajectories of the teacher.
+
+Each process writes the shards whose number is its own modulo the process count; a killed run goes on at the first
+missing shard.
+"""
+
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from salt_jax import data, recipe, weights
+from salt_jax.diffusion import flow, solvers
+from salt_jax.errors import InputError
+from salt_jax.models import vae, wan
+from salt_jax.recipe import Recipe
+from salt_jax.step import encode, to_unit, unconditional
+from salt_jax.store import Field, StoreWriter
+
+log = logging.getLogger(__name__)
+
+
+def _fill(
+  folder: str, fields: dict, count: int, shard: int, facts: dict, make: Callable[[int], dict]
+) -> str:
+  """Writes the missing shards of a store with `make(number)`, and finishes it."""
+  if count % shard:
+    raise InputError(
+      f'{count} records do not divide into shards of {shard}: change count or batch.'
+    )
+  writer = StoreWriter(folder, fields, count // shard, facts)
+  if not os.path.exists(os.path.join(folder, 'index.json')):
+    todo = [n for n in writer.missing() if n % jax.process_count() == jax.process_index()]
+    for done, number in enumerate(todo, 1):
+      writer.write(number, make(number))
+      if done % 10 == 0 or done == len(todo):
+        log.info('precompute: %d of %d shards', done, len(todo))
+    if jax.process_count() > 1:
+      from jax.experimental import multihost_utils
+
+      multihost_utils.sync_global_devices('precompute')
+    if jax.process_index() == 0:
+      writer.finish()
+  return folder
+
+
+def _from(
+  feed: Callable[[data.Feed], Iterator], batch: int, config: ConfigDict
+) -> Callable[[int], dict]:
+  """Batch number n of a pipeline, cheap when asked for in order."""
+  state = {'at': None, 'iterator': None}
+
+  def get(number: int) -> dict:
+    if state['at'] != number:
+      state['iterator'] = feed(data.Feed(batch, config.seed, number, workers=config.workers))
+    state['at'] = number + 1
+    return next(state['iterator'])
+
+  return get
+
+
+def latents(config: ConfigDict, rec: Recipe, folder: str) -> str:
+  """Encodes `latents.count` training clips; fields latents float16 `[f h w c]`, ids, mask."""
+  weights.require(config, ['vae'])
+  params = weights.load(config.weights.vae, 'vae', rec.vae)
+  shape, length, batch = recipe.latent_shape(config), rec.text_length, config.latents.batch
+  fields = {
+    'latents': Field(shape, 'float16'),
+    'ids': Field((length,), 'int32'),
+    'mask': Field((length,), 'bool'),
+  }
+  clips = _from(
+    functools.partial(data.clips, frames=config.video.frames, length=length), batch, config
+  )
+  run = jax.jit(lambda p, video: vae.encode(p, to_unit(video), rec.vae).astype(jnp.float16))
+
+  def make(number):
+    item = clips(number)
+    return {
+      'latents': np.asarray(run(params, item['video'])),
+      'ids': item['ids'],
+      'mask': item['mask'],
+    }
+
+  return _fill(
+    folder,
+    fields,
+    config.latents.count,
+    batch,
+    {'seed': config.seed, 'video': dict(config.video)},
+    make,
+  )
+
+
+def ode_pairs(config: ConfigDict, rec: Recipe, frozen: dict, folder: str) -> str:
+  """Teacher trajectories; fields trajectory float16 `[p f h w c]` (kept inputs, then the end), ids, mask.
+
+  The kept levels are those of the student's schedule, which the teacher's grid contains.
+
+  Raises:
+    InputError: if the teacher's steps are not a multiple of the student's.
+  """
+  keep, pairs = rec.schedule.steps[0], config.pairs
+  if pairs.steps % keep:
+    raise InputError(f"pairs.steps={pairs.steps} must be a multiple of the student's {keep} steps.")
+  weights.require(config, ['teacher'])
+  teacher = weights.load(config.weights.teacher, 'dit', rec.teacher)
+  shape, length = recipe.latent_shape(config), rec.text_length
+  fields = {
+    'trajectory': Field((keep + 1, *shape), 'float16'),
+    'ids': Field((length,), 'int32'),
+    'mask': Field((length,), 'bool'),
+  }
+  sigmas = flow.few_step_sigmas(pairs.steps, rec.schedule.shift)
+
+  @jax.jit
+  def run(teacher, frozen, ids, mask, index):
+    texts = encode(frozen, ids, mask, rec), unconditional(frozen, ids.shape[0], rec)
+    keys = flow.example_keys(jax.random.key(rec.seed), index)
+    noise = flow.frame_noise(keys, jnp.arange(shape[0]), 0, shape[1:])
+    apply = wan.bind(rec.teacher)
+    return solvers.euler_trajectory(
+      apply, teacher, noise, texts, sigmas, pairs.guidance, keep=keep
+    ).astype(jnp.float16)
+
+  batches = _from(functools.partial(data.captions, length=length), pairs.batch, config)
+
+  def make(number):
+    item = batches(number)
+    index = item['index'].astype(np.int32)
+    trajectory = np.asarray(run(teacher, frozen, item['ids'], item['mask'], index))
+    return {'trajectory': trajectory, 'ids': item['ids'], 'mask': item['mask']}
+
+  facts = {'seed': config.seed, 'pairs': dict(pairs), 'shift': rec.schedule.shift}
+  return _fill(folder, fields, pairs.count, pairs.batch, facts, make)

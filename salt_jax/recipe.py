@@ -1,0 +1,171 @@
+"""From a ConfigDict to the frozen dataclasses that steps and samplers work with.
+
+Here and nowhere else are config fields read by name, so an unknown or missing one fails at start.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from salt_jax.diffusion import flow
+from salt_jax.diffusion.rollout import Chunking, Plan
+from salt_jax.errors import InputError
+from salt_jax.losses.dmd import DMDConfig
+from salt_jax.models.text import TextConfig
+from salt_jax.models.vae import VAEConfig
+from salt_jax.models.wan import PATCH, WanConfig
+from salt_jax.optim import make_optimizer
+
+SPACE, TIME = 8, 4  # compression of the VAE
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+  """Step counts of a student's rollouts, the probability of each, and the shift of their levels."""
+
+  steps: tuple[int, ...]
+  probs: tuple[float, ...]
+  shift: float
+
+  def __post_init__(self):
+    if len(self.steps) != len(self.probs):
+      raise InputError(
+        f'schedule.steps {self.steps} and schedule.probs {self.probs} differ in length.'
+      )
+    if not math.isclose(sum(self.probs), 1.0, abs_tol=1e-6) or min(self.probs) < 0:
+      raise InputError(f'schedule.probs {self.probs} must be positive and sum to 1.')
+
+  def table(self) -> np.ndarray:
+    """Levels of each step count, padded to one length: `[len(steps), max(steps) + 1]`."""
+    return np.stack([flow.padded_sigmas(k, self.shift, max(self.steps) + 1) for k in self.steps])
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """What is static in a stage. A field that a stage does not have is None."""
+
+  seed: int
+  vae: VAEConfig
+  text: TextConfig
+  text_length: int
+  optimizers: Mapping
+  ema_decay: float
+  ema_start: int
+  model: WanConfig | None = None
+  teacher: WanConfig | None = None
+  chunking: Chunking | None = None
+  schedule: Schedule | None = None
+  losses: Mapping | None = None
+  dmd: DMDConfig | None = None
+  kl_weight: float | None = None
+  text_dropout: float | None = None
+  flow_shift: float | None = None
+
+
+def build(config: ConfigDict) -> Recipe:
+  """Reads a stage's config.
+
+  Raises:
+    InputError: for sizes that do not fit each other.
+  """
+  fields = dict(
+    seed=config.seed,
+    vae=vae_config(config),
+    text=TextConfig(**config.text),
+    text_length=config.text_length,
+    optimizers={name: make_optimizer(cfg) for name, cfg in config.optim.items()},
+    ema_decay=config.ema.decay,
+    ema_start=config.ema.start,
+  )
+  if 'model' in config:
+    fields['model'] = WanConfig(**config.model)
+  if 'teacher' in config:
+    fields['teacher'] = WanConfig(**config.teacher)
+  if 'rollout' in config:
+    fields['chunking'] = chunking(config)
+    fields['schedule'] = Schedule(**{k: _plain(v) for k, v in config.schedule.items()})
+  if 'losses' in config:
+    fields['losses'] = dict(config.losses)
+    fields['dmd'] = DMDConfig(**config.dmd)
+  for name in ('kl_weight', 'text_dropout', 'flow_shift'):
+    if name in config:
+      fields[name] = config[name]
+  return Recipe(**fields)
+
+
+def _plain(value):
+  return tuple(value) if isinstance(value, tuple | list) else value
+
+
+def vae_config(config: ConfigDict) -> VAEConfig:
+  return VAEConfig(**{k: _plain(v) for k, v in config.vae.items()})
+
+
+def latent_shape(config: ConfigDict) -> tuple[int, int, int, int]:
+  """(frames, rows, columns, channels) of the latents of the config's video.
+
+  Raises:
+    InputError: if frames are not 4n + 1, or height or width is not a multiple of 16.
+  """
+  video = config.video
+  if (video.frames - 1) % TIME:
+    raise InputError(
+      f'video.frames={video.frames} must be 4n + 1, such as {1 + TIME * (video.frames // TIME)}.'
+    )
+  for side in ('height', 'width'):
+    if video[side] % (SPACE * PATCH):
+      raise InputError(f'video.{side}={video[side]} must be a multiple of {SPACE * PATCH}.')
+  return (
+    1 + (video.frames - 1) // TIME,
+    video.height // SPACE,
+    video.width // SPACE,
+    config.vae.z_dim,
+  )
+
+
+def chunking(config: ConfigDict, frames: int | None = None) -> Chunking:
+  """The static part of the config's rollouts, for another number of latent frames if asked.
+
+  Raises:
+    InputError: if the rollout does not fit the video or the window is too short.
+  """
+  model, roll = WanConfig(**config.model), config.rollout
+  video_frames, rows, columns, channels = latent_shape(config)
+  if frames is None and roll.frames != video_frames:
+    raise InputError(
+      f'rollout.frames={roll.frames} but video.frames={config.video.frames} make {video_frames} latent frames.'
+    )
+  tokens = rows * columns // PATCH**2
+  return Chunking(
+    frames=frames or roll.frames,
+    chunk=roll.chunk,
+    latent=(rows, columns, channels),
+    cache=(model.layers, tokens, model.heads, model.head_dim),
+    sink=roll.sink,
+    window=roll.window or None,
+    mode=roll.mode,
+    unroll=roll.unroll,
+    context_noise=roll.context_noise,
+    dtype=model.dtype,
+  )
+
+
+def full_plan(recipe: Recipe, steps: int) -> Plan:
+  """A rollout that takes all of `steps` steps: what inference does."""
+  sigmas = jnp.asarray(flow.padded_sigmas(steps, recipe.schedule.shift, steps + 1))
+  return Plan(chunking=recipe.chunking, sigmas=sigmas, exit=jnp.int32(steps - 1))
+
+
+def draw_plan(recipe: Recipe, key) -> Plan:
+  """A random step count and a uniform exit below it, as arrays: no draw recompiles."""
+  count_key, exit_key = jax.random.split(key)
+  schedule = recipe.schedule
+  which = jax.random.choice(count_key, len(schedule.steps), p=jnp.asarray(schedule.probs))
+  steps = jnp.asarray(schedule.steps)[which]
+  exit_step = jax.random.randint(exit_key, (), 0, steps)
+  return Plan(chunking=recipe.chunking, sigmas=jnp.asarray(schedule.table())[which], exit=exit_step)

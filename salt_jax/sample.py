@@ -1,0 +1,214 @@
+"""From prompts to video, whole or chunk by chunk.
+
+  python -m salt_jax.sample --checkpoint=RUN_OR_FILE --prompt="a red sneaker moves left" --steps=4 --output=out.webp
+
+A checkpoint is the workdir of a run, or a file that a run exported; either knows the config it was made with.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jaxtyping import Array, Float, Int, PyTree, UInt8
+from ml_collections import ConfigDict
+
+from salt_jax import checkpoint, cli, recipe, stages, video, weights
+from salt_jax.diffusion import flow, rollout, solvers
+from salt_jax.errors import InputError
+from salt_jax.models import vae, wan
+from salt_jax.recipe import Recipe
+from salt_jax.step import encode, to_bytes, unconditional
+
+log = logging.getLogger('salt_jax.sample')
+
+# Draws `(ids, mask, index) -> latents`; the noise of a clip depends on its index alone, not on who samples.
+Sampler = Callable[[Int[Array, 'b n'], Array, Int[Array, 'b']], Float[Array, 'b f h w c']]
+
+MAX_STEPS = 8
+
+
+def _keys(rec: Recipe, index):
+  return flow.example_keys(jax.random.key(rec.seed + 1), index)
+
+
+def student(rec: Recipe, frozen: PyTree) -> Callable[[PyTree, int], Sampler]:
+  """Few-step sampling of causal students; every step count and student shares one program.
+
+  Args:
+    rec: sizes, chunking, shift.
+    frozen: text encoder.
+
+  Returns:
+    `(params, steps) -> Sampler`.
+  """
+
+  @jax.jit
+  def run(params, frozen, sigmas, exit_step, batch):
+    ids, mask, index = batch
+    plan = rollout.Plan(rec.chunking, sigmas, exit_step)
+    text = encode(frozen, ids, mask, rec)
+    return rollout.rollout(wan.bind(rec.model), params, _keys(rec, index), text, plan).x0
+
+  def with_steps(params, steps):
+    sigmas = flow.padded_sigmas(steps, rec.schedule.shift, MAX_STEPS + 1)
+    return lambda *batch: run(params, frozen, sigmas, np.int32(steps - 1), batch)
+
+  return with_steps
+
+
+def teacher(
+  rec: Recipe, cfg: wan.WanConfig, frozen: PyTree, shape: Sequence[int], guidance: float
+) -> Callable[[PyTree, int, float], Sampler]:
+  """Euler sampling of a bidirectional model with guidance: `(params, steps, shift) -> Sampler`."""
+
+  def with_steps(params, steps, shift):
+    sigmas = flow.few_step_sigmas(steps, shift)
+
+    @jax.jit
+    def run(params, frozen, batch):
+      ids, mask, index = batch
+      texts = encode(frozen, ids, mask, rec), unconditional(frozen, ids.shape[0], rec)
+      noise = flow.frame_noise(_keys(rec, index), jnp.arange(shape[0]), 0, tuple(shape[1:]))
+      return solvers.euler_sample(wan.bind(cfg), params, noise, texts, sigmas, guidance)
+
+    return lambda *batch: run(params, frozen, batch)
+
+  return with_steps
+
+
+def decoder(
+  rec: Recipe, params: PyTree
+) -> Callable[[Float[Array, 'b f h w c']], UInt8[np.ndarray, 'b t h w 3']]:
+  """Latents to uint8 video, one clip at a time on the device, quantised there."""
+  run = jax.jit(lambda p, z: to_bytes(vae.decode(p, z, rec.vae)))
+  return lambda latents: np.concatenate([np.asarray(run(params, z[None])) for z in latents])
+
+
+def stream(
+  rec: Recipe, params: PyTree, frozen: PyTree, vae_params: PyTree, batch: tuple, steps: int
+) -> Iterator[UInt8[np.ndarray, 'b t h w 3']]:
+  """Yields pixel frames as chunks are ready: 9 for the first chunk of 3 latents, 12 for each other.
+
+  The cache holds what a chunk can see and no more; a window makes its size independent of the length.
+  """
+  ids, mask, index = batch
+  chunking = rec.chunking
+  plan = recipe.full_plan(rec, steps)
+  text = jax.jit(lambda f, i, m: encode(f, i, m, rec))(frozen, ids, mask)
+  cache = rollout.empty_cache(chunking, len(ids), streaming=True)
+  shape = chunking.latent
+  features = vae.init_decode_cache(rec.vae, len(ids), shape[0], shape[1])
+
+  @jax.jit
+  def generate(params, text, index, cache, start):
+    x0, _, cache = rollout.denoise_chunk(
+      wan.bind(rec.model), params, _keys(rec, index), text, plan, (cache, start)
+    )
+    return x0, cache
+
+  def show(params, x0, features, first):
+    pixels, features = vae.decode_chunk(params, x0, features, rec.vae, first)
+    return to_bytes(pixels), features
+
+  show = jax.jit(show, static_argnums=3)
+  for start in range(0, chunking.frames, chunking.chunk):
+    x0, cache = generate(params, text, index, cache, np.int32(start))
+    pixels, features = show(vae_params, x0, features, start == 0)
+    yield np.asarray(pixels)
+
+
+def load(path: str) -> tuple[ConfigDict, Recipe, PyTree]:
+  """The averaged generator of a run or an exported file, and the config that made it.
+
+  Raises:
+    InputError: nothing there, damaged, or of a stage without a few-step student.
+  """
+  if os.path.isdir(path):
+    config = _config_of_run(path)
+    rec = _student_recipe(config, path)
+    like = {'generator': weights.shapes('dit', rec.model)}
+    mesh_of_one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=mesh_of_one), like
+    )
+    return config, rec, checkpoint.restore_ema(os.path.join(path, 'checkpoints'), like)['generator']
+  config = weights.config_of(weights.resolve(path))
+  rec = _student_recipe(config, path)
+  return config, rec, weights.load(path, 'dit', rec.model)
+
+
+def _config_of_run(path: str) -> ConfigDict:
+  file = os.path.join(path, 'config.json')
+  if not os.path.isfile(file):
+    raise InputError(f'{path} is not the workdir of a run: it has no config.json.')
+  with open(file) as f:
+    return ConfigDict(json.load(f), convert_dict=True)
+
+
+def _student_recipe(config: ConfigDict, path: str) -> Recipe:
+  if config.stage not in ('ode', 'selfforcing'):
+    raise InputError(
+      f'{path} was made by the stage "{config.stage}", which has no few-step student.'
+    )
+  return recipe.build(config)
+
+
+def define_flags() -> None:
+  flags.DEFINE_string('checkpoint', None, 'Workdir of a run, an exported file, or assets:NAME.')
+  flags.DEFINE_multi_string('prompt', [], 'What to show; may be given several times.')
+  flags.DEFINE_integer('steps', 4, f'Denoising steps a chunk, 1 to {MAX_STEPS}.')
+  flags.DEFINE_integer('seed', 0, 'Number of the first noise.')
+  flags.DEFINE_string(
+    'output', 'out.webp', 'File to write: .webp, .gif or .png; several prompts are numbered.'
+  )
+  flags.DEFINE_bool(
+    'stream', False, 'Generate and decode chunk by chunk, and say when each is ready.'
+  )
+
+
+def _check(args) -> None:
+  if not args.checkpoint:
+    raise InputError(
+      'pass --checkpoint: the workdir of a run, an exported file, or assets:nano_student.safetensors.'
+    )
+  if not args.prompt:
+    raise InputError('pass at least one --prompt.')
+  if not 1 <= args.steps <= MAX_STEPS:
+    raise InputError(f'--steps={args.steps} must be between 1 and {MAX_STEPS}.')
+  if os.path.splitext(args.output)[1] not in video.SUFFIXES:
+    raise InputError(f'--output={args.output} must end in one of {", ".join(video.SUFFIXES)}.')
+
+
+def program() -> None:
+  args = flags.FLAGS
+  _check(args)
+  config, rec, params = load(args.checkpoint)
+  frozen = stages.serving(config, rec, 'text', 'vae')
+  ids, mask = stages.tokenizer(config, rec)(list(args.prompt))
+  batch = ids, mask, args.seed + np.arange(len(ids), dtype=np.int32)
+  began = time.monotonic()
+  if args.stream:
+    parts = []
+    for part in stream(rec, params, frozen, frozen['vae'], batch, args.steps):
+      parts.append(part)
+      log.info('%d frames after %.2f s', sum(p.shape[1] for p in parts), time.monotonic() - began)
+    videos = np.concatenate(parts, axis=1)
+  else:
+    videos = decoder(rec, frozen['vae'])(student(rec, frozen)(params, args.steps)(*batch))
+  log.info('%d clips in %.1f s, compilation included', len(videos), time.monotonic() - began)
+  root, suffix = os.path.splitext(args.output)
+  for i, clip in enumerate(videos):
+    path = args.output if len(videos) == 1 else f'{root}-{i}{suffix}'
+    video.write(path, clip, config.video.fps)
+    log.info('wrote %s', path)
+
+
+if __name__ == '__main__':
+  define_flags()
+  cli.run(program)

@@ -1,0 +1,160 @@
+"""Mesh and shardings as data: four axes with sizes, and an ordered table of (pattern, rule).
+
+A rule is one of
+  'replicate'              every device holds the whole array
+  'fsdp'                   the largest dimension that the `fsdp` axis divides is split over it
+  (None, 'fsdp', 'tensor') a spec written out, one entry per dimension
+and the first pattern found in an array's '/'-joined path decides.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from salt_jax.errors import InputError
+
+AXES = ('data', 'fsdp', 'context', 'tensor')
+BATCH_AXES = ('data', 'fsdp')
+
+Rule = str | tuple[str | tuple[str, ...] | None, ...]
+
+
+def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """Lays the devices out over the four axes.
+
+  Args:
+    axes: size of each of `AXES`; one of them may be -1 and takes what is left.
+    devices: the devices to use, by default all of them.
+
+  Raises:
+    InputError: an axis is missing, unknown or not positive, or the sizes do not make up the
+      device count.
+  """
+  if set(axes) != set(AXES):
+    raise InputError(f'a mesh needs the sizes of exactly {AXES}, not of {tuple(axes)}.')
+  devices = jax.devices() if devices is None else list(devices)
+  sizes = {axis: int(axes[axis]) for axis in AXES}
+  asked = ', '.join(f'{axis}={size}' for axis, size in sizes.items())
+  free = [axis for axis in AXES if sizes[axis] == -1]
+  fixed = math.prod(size for size in sizes.values() if size != -1)
+  if len(free) > 1 or any(size < 1 for size in sizes.values() if size != -1):
+    raise InputError(f'mesh {asked}: sizes must be positive, and at most one may be -1.')
+  if len(devices) % fixed or (not free and fixed != len(devices)):
+    raise InputError(
+      f'mesh {asked} does not make up {len(devices)} devices: the product of the sizes must be '
+      f'{len(devices)}; set one size to -1 to take what is left.'
+    )
+  sizes.update({axis: len(devices) // fixed for axis in free})
+  shape = tuple(sizes[axis] for axis in AXES)
+  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def shardings(
+  shapes: Any, mesh: Mesh, rules: Sequence[tuple[str, Rule]], min_size: int = 2**16
+) -> Any:
+  """Applies the rule table to a tree of arrays or ShapeDtypeStructs.
+
+  Args:
+    shapes: any pytree whose leaves have a shape.
+    mesh: the mesh of `make_mesh`.
+    rules: (regular expression, rule) in order of priority.
+    min_size: arrays of fewer elements stay replicated under the 'fsdp' rule.
+
+  Returns:
+    The same tree with a NamedSharding at each leaf.
+
+  Raises:
+    InputError: no pattern matches a path, or a written-out spec does not fit its array.
+  """
+  patterns = [(re.compile(pattern), rule) for pattern, rule in rules]
+
+  def place(path, leaf) -> NamedSharding:
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    for pattern, rule in patterns:
+      if pattern.search(name):
+        return NamedSharding(mesh, _spec(rule, name, leaf.shape, mesh, min_size))
+    raise InputError(f"no sharding rule matches '{name}'; add one, such as ('.*', 'replicate').")
+
+  return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """The leading axis over data and fsdp together, the rest whole."""
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The whole array on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+  """Joins each process's rows into global arrays that are sharded over data and fsdp.
+
+  Args:
+    batch: this process's examples, [rows, ...] for every key.
+    mesh: the mesh of `make_mesh`.
+
+  Raises:
+    InputError: the rows cannot be split evenly over data x fsdp.
+  """
+  sharding = batch_sharding(mesh)
+  shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+  spans = sharding.addressable_devices_indices_map((shards,)).values()
+  held = len({span[0].start for span in spans})
+  for name, rows in batch.items():
+    if len(rows) % held:
+      raise InputError(
+        f"'{name}': a batch of {len(rows) * shards // held} cannot be split over data x fsdp = "
+        f'{shards} shards; make the batch a multiple of {shards}.'
+      )
+  return {
+    name: jax.make_array_from_process_local_data(sharding, np.asarray(rows))
+    for name, rows in batch.items()
+  }
+
+
+def _spec(
+  rule: Rule, name: str, shape: tuple[int, ...], mesh: Mesh, min_size: int
+) -> PartitionSpec:
+  if rule == 'replicate':
+    return PartitionSpec()
+  if rule == 'fsdp':
+    return _fsdp_spec(shape, mesh.shape['fsdp'], min_size)
+  if isinstance(rule, str):
+    raise InputError(f"sharding rule '{rule}' is unknown; use 'replicate', 'fsdp' or a tuple.")
+  return _written_spec(tuple(rule), name, shape, mesh)
+
+
+def _fsdp_spec(shape: tuple[int, ...], size: int, min_size: int) -> PartitionSpec:
+  divisible = [(length, axis) for axis, length in enumerate(shape) if length % size == 0]
+  if size == 1 or math.prod(shape) < min_size or not divisible:
+    return PartitionSpec()
+  axis = max(divisible)[1]
+  return PartitionSpec(*(None,) * axis, 'fsdp')
+
+
+def _written_spec(
+  rule: tuple[str | tuple[str, ...] | None, ...], name: str, shape: tuple[int, ...], mesh: Mesh
+) -> PartitionSpec:
+  if len(rule) != len(shape):
+    raise InputError(
+      f"'{name}' has shape {shape}, but its sharding rule {rule} has {len(rule)} "
+      'entries; write one per dimension.'
+    )
+  for length, entry in zip(shape, rule, strict=True):
+    names = entry if isinstance(entry, tuple) else (entry,) if entry else ()
+    if not set(names) <= set(AXES):
+      raise InputError(f"'{name}': sharding rule {rule} names an axis that is not in {AXES}.")
+    shards = math.prod(mesh.shape[axis] for axis in names)
+    if length % shards:
+      raise InputError(
+        f"'{name}' has shape {shape}: {length} cannot be split over {entry} = "
+        f'{shards}; change the rule or the mesh.'
+      )
+  return PartitionSpec(*rule)

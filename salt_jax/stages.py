@@ -1,0 +1,168 @@
+"""The stages a run can be: which networks it trains, from what, on which data, by which steps."""
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from salt_jax import clips, data, precompute, step, weights
+from salt_jax.errors import InputError
+from salt_jax.models import text, vae, wan
+from salt_jax.models.text import WordTokenizer
+from salt_jax.recipe import Recipe
+
+
+class StepSpec(NamedTuple):
+  """A step function, how often it runs, and its batches from a call on."""
+
+  name: str
+  run: Callable
+  every: int
+  feed: Callable[[data.Feed], Iterator]
+
+
+class Stage(NamedTuple):
+  """A training run but for its loop.
+
+  Attributes:
+    shapes: shapes of the trained networks, by name.
+    start: makes their first parameters, on the host.
+    frozen: networks and ids that only serve, on the host.
+    averaged: trained networks that have a moving average.
+    steps: what one iteration does, in order.
+  """
+
+  shapes: dict[str, PyTree]
+  start: Callable[[], dict[str, PyTree]]
+  frozen: dict[str, PyTree]
+  averaged: tuple[str, ...]
+  steps: tuple[StepSpec, ...]
+
+
+def tokenizer(config: ConfigDict, rec: Recipe) -> WordTokenizer:
+  """The nano world's tokenizer.
+
+  Raises:
+    InputError: for UMT5-XXL, whose tokenizer is not read yet.
+  """
+  if config.size != 'nano':
+    raise InputError(
+      f'{config.name} needs the UMT5 tokenizer, which salt_jax cannot read yet; nano runs here.'
+    )
+  return WordTokenizer(clips.NANO_WORDS, rec.text_length)
+
+
+def serving(config: ConfigDict, rec: Recipe, *names: str) -> dict[str, PyTree]:
+  """The frozen networks a stage asks for, and the unconditional prompt."""
+  weights.require(config, names)
+  frozen = {}
+  for name in names:
+    network = weights.NETWORKS.get(name, 'dit')
+    cfg = {'vae': rec.vae, 'text': rec.text}.get(name, rec.teacher)
+    params = weights.load(config.weights[name], network, cfg)
+    frozen[name] = weights.narrowed(params, cfg.dtype)
+  return frozen | {'negative': _negative(config, rec)}
+
+
+def _negative(config, rec):
+  ids, mask = tokenizer(config, rec).empty(1)
+  return {'ids': np.asarray(ids), 'mask': np.asarray(mask)}
+
+
+def _random(cfgs: dict, seed: int) -> dict[str, PyTree]:
+  modules = {'vae': vae, 'text': text, 'dit': wan}
+  keys = jax.random.split(jax.random.key(seed), len(cfgs))
+  return {
+    name: jax.tree.map(
+      np.asarray, jax.jit(functools.partial(modules[name].init_params, cfg=cfg))(key)
+    )
+    for key, (name, cfg) in zip(keys, cfgs.items(), strict=True)
+  }
+
+
+def _vae(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
+  del workdir
+  feed = functools.partial(
+    data.clips, frames=config.data.frames, size=config.video.height, length=rec.text_length
+  )
+  return Stage(
+    shapes={'vae': weights.shapes('vae', rec.vae)},
+    start=lambda: _random({'vae': rec.vae}, config.seed),
+    frozen={},
+    averaged=('vae',),
+    steps=(StepSpec('vae', step.vae_step, 1, feed),),
+  )
+
+
+def _flow(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
+  folder = precompute.latents(config, rec, os.path.join(workdir, 'latents'))
+  return Stage(
+    shapes={'dit': weights.shapes('dit', rec.model), 'text': weights.shapes('umt5', rec.text)},
+    start=lambda: _random({'dit': rec.model, 'text': rec.text}, config.seed),
+    frozen={'negative': _negative(config, rec)},
+    averaged=('dit', 'text'),
+    steps=(StepSpec('dit', step.flow_step, 1, functools.partial(data.store_batches, folder)),),
+  )
+
+
+def _ode(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
+  frozen = serving(config, rec, 'text')
+  folder = precompute.ode_pairs(config, rec, frozen, os.path.join(workdir, 'pairs'))
+  return Stage(
+    shapes={'generator': weights.shapes('dit', rec.model)},
+    start=lambda: {'generator': weights.load(config.weights.teacher, 'dit', rec.model)},
+    frozen=frozen,
+    averaged=('generator',),
+    steps=(StepSpec('generator', step.ode_step, 1, functools.partial(data.store_batches, folder)),),
+  )
+
+
+def _selfforcing(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
+  del workdir
+  critic = 'critic' if 'critic' in config.weights else 'teacher'
+  weights.require(config, sorted({'text', 'vae', 'teacher', 'init', critic}))
+  shapes = weights.shapes('dit', rec.model)
+
+  def start():
+    return {
+      'generator': weights.load(config.weights.init, 'dit', rec.model),
+      'critic': weights.load(config.weights[critic], 'dit', rec.model),
+    }
+
+  feed = _prompts(config, rec)
+  return Stage(
+    shapes={'generator': shapes, 'critic': shapes},
+    start=start,
+    frozen=serving(config, rec, 'teacher', 'text'),
+    averaged=('generator',),
+    steps=(
+      StepSpec('generator', step.generator_step, config.generator_every, feed),
+      StepSpec('critic', step.critic_step, 1, feed),
+    ),
+  )
+
+
+def _prompts(config: ConfigDict, rec: Recipe) -> Callable[[data.Feed], Iterator]:
+  if config.data.kind == 'captions':
+    return functools.partial(data.captions, length=rec.text_length)
+  if config.data.kind == 'prompts':
+    words = tokenizer(config, rec)
+    return lambda feed: data.text_file(config.data.path, feed, words)
+  raise InputError(f'data.kind={config.data.kind} is unknown: choose captions or prompts.')
+
+
+def build(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
+  """The config's stage; computes what it must precompute.
+
+  Raises:
+    InputError: an unknown stage, or missing files.
+  """
+  kinds = {'vae': _vae, 'flow': _flow, 'ode': _ode, 'selfforcing': _selfforcing}
+  if config.stage not in kinds:
+    raise InputError(f'stage={config.stage} is unknown: choose one of {", ".join(kinds)}.')
+  return kinds[config.stage](config, rec, workdir)

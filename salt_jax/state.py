@@ -1,0 +1,85 @@
+"""The state of a training run, one pytree, and how it comes onto the devices."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jaxtyping import Array, Int, PyTree
+
+from salt_jax import sharding
+
+
+@struct.dataclass
+class TrainState:
+  """What a step changes.
+
+  Attributes:
+    params: trained networks by name, float32.
+    opt: their optimizer states.
+    ema: moving average of the networks that samplers load.
+    updates: updates of those networks so far.
+  """
+
+  params: dict[str, PyTree]
+  opt: dict[str, optax.OptState]
+  ema: dict[str, PyTree]
+  updates: Int[Array, '']
+
+
+def place(tree: PyTree, shardings: PyTree) -> PyTree:
+  """Host arrays onto the devices; every process hands over the slices of its own devices only."""
+
+  def one(x, s):
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, s, lambda index: x[index])
+
+  return jax.tree.map(one, tree, shardings)
+
+
+def shapes_of(
+  params: Mapping[str, PyTree], optimizers: Mapping, averaged: tuple[str, ...]
+) -> TrainState:
+  """The state's shapes, from arrays or shapes of the parameters."""
+  structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), dict(params))
+  return jax.eval_shape(lambda p: _new(p, optimizers, averaged), structs)
+
+
+def create(
+  params: Mapping[str, PyTree],
+  optimizers: Mapping,
+  averaged: tuple[str, ...],
+  shardings: TrainState,
+) -> TrainState:
+  """A fresh state from host parameters, born sharded.
+
+  Args:
+    params: networks by name.
+    optimizers: an optax transformation for each.
+    averaged: names of the networks that have a moving average.
+    shardings: of the whole state.
+  """
+  placed = place(jax.tree.map(lambda x: np.asarray(x, np.float32), dict(params)), shardings.params)
+  return jax.jit(lambda p: _new(p, optimizers, averaged), out_shardings=shardings)(placed)
+
+
+def _new(params, optimizers, averaged) -> TrainState:
+  # A plain pass-through would share one buffer between parameters and average, and donation needs two.
+  copy = jax.tree.map(jnp.copy, params)
+  return TrainState(
+    params=copy,
+    opt={name: optimizers[name].init(params[name]) for name in params},
+    ema={name: jax.tree.map(jnp.copy, params[name]) for name in averaged},
+    updates=jnp.zeros((), jnp.int32),
+  )
+
+
+def with_shardings(shapes: PyTree, mesh, rules) -> tuple[PyTree, PyTree]:
+  """(shapes that know their sharding, the shardings): what restoring and jitting need."""
+  placed = sharding.shardings(shapes, mesh, rules)
+  structs = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed
+  )
+  return structs, placed

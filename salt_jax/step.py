@@ -1,0 +1,185 @@
+"""The training steps: pure functions `(state, frozen, batch, n) -> (state, metrics)`, jitted once each by `train`.
+
+`frozen` holds the networks that only serve (teacher, text encoder, VAE) and the ids of the unconditional prompt.
+All randomness of step n comes from `fold_in(seed, n)` and an example's index in the global batch.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from salt_jax import optim
+from salt_jax.diffusion import flow
+from salt_jax.diffusion.rollout import exit_x0, rollout
+from salt_jax.losses.dmd import Fns, critic_loss, dmd_loss
+from salt_jax.losses.reconstruction import vae_loss
+from salt_jax.losses.regression import flow_matching_loss, ode_loss
+from salt_jax.models import text as text_model
+from salt_jax.models import wan
+from salt_jax.recipe import Recipe, draw_plan
+from salt_jax.state import TrainState
+
+_STREAMS = {'generator': 0, 'critic': 1, 'vae': 2, 'dit': 3}
+
+
+def step_keys(recipe: Recipe, n: Int[Array, ''], stream: str, index: Int[Array, 'b']):
+  """(a key for what all examples share, a key for each example) of step n."""
+  key = jax.random.fold_in(jax.random.fold_in(jax.random.key(recipe.seed), n), _STREAMS[stream])
+  shared, examples = jax.random.split(key)
+  return shared, flow.example_keys(examples, index)
+
+
+def _split(keys):
+  return jax.vmap(jax.random.split, out_axes=1)(keys)
+
+
+def encode(frozen, ids, mask, recipe: Recipe):
+  """Encoder rows `[b n d]` of tokenised prompts, without gradient."""
+  return jax.lax.stop_gradient(text_model.encode(frozen['text'], ids, mask, recipe.text))
+
+
+def unconditional(frozen, batch: int, recipe: Recipe):
+  ids = jnp.broadcast_to(frozen['negative']['ids'], (batch, frozen['negative']['ids'].shape[-1]))
+  mask = jnp.broadcast_to(frozen['negative']['mask'], ids.shape)
+  return encode(frozen, ids, mask, recipe)
+
+
+def _model(cfg: wan.WanConfig, params, ctx: wan.Clip):
+  """`(x, t, text) -> velocity` with the parameters inside."""
+  return lambda x, t, text: wan.apply(params, x, t, text, ctx, cfg)[0]
+
+
+def _update(
+  state: TrainState, grads: dict, recipe: Recipe, averaged: bool
+) -> tuple[TrainState, dict]:
+  """One optimizer update of the networks in `grads`, and of the average if they have one."""
+  params, opt, norms = dict(state.params), dict(state.opt), {}
+  for name, grad in grads.items():
+    params[name], opt[name], new = optim.apply_updates(
+      recipe.optimizers[name], grad, state.opt[name], state.params[name]
+    )
+    norms |= {f'{k}/{name}' if len(grads) > 1 else k: v for k, v in new.items()}
+  state = state.replace(params=params, opt=opt)
+  if averaged:
+    new = {name: params[name] for name in state.ema}
+    ema = optim.ema(state.ema, new, recipe.ema_decay, state.updates, recipe.ema_start)
+    state = state.replace(ema=ema, updates=state.updates + 1)
+  return state, norms
+
+
+def _means(aux: dict) -> dict:
+  return {name: jnp.mean(value) for name, value in aux.items()}
+
+
+def generator_step(
+  state: TrainState, frozen, batch, n, *, recipe: Recipe
+) -> tuple[TrainState, dict]:
+  """Rolls the student out, then updates it by the losses that the config lists."""
+  shared, keys = step_keys(recipe, n, 'generator', batch['index'])
+  rollout_keys, loss_keys = _split(keys)
+  text = encode(frozen, batch['ids'], batch['mask'], recipe)
+  texts = (text, unconditional(frozen, text.shape[0], recipe))
+  plan = draw_plan(recipe, shared)
+  apply = wan.bind(recipe.model)
+  rolled = rollout(apply, state.params['generator'], rollout_keys, text, plan)
+  fns = Fns(
+    teacher=_model(recipe.teacher, frozen['teacher'], wan.Clip()),
+    critic=_model(recipe.model, state.params['critic'], wan.Clip()),
+  )
+
+  def loss_fn(params):
+    x0 = exit_x0(apply, params, text, rolled, recipe.chunking.chunk)
+    terms = {'dmd': lambda: dmd_loss(fns, x0, texts, loss_keys, recipe.dmd)}
+    total, aux = 0.0, {}
+    for name, weight in recipe.losses.items():
+      per_example, extra = terms[name]()
+      total += weight * per_example.mean()
+      aux |= {f'loss_{name}': per_example, f'active_{name}': jnp.ones(())} | extra
+    return total, aux
+
+  grads, aux = jax.grad(loss_fn, has_aux=True)(state.params['generator'])
+  state, norms = _update(state, {'generator': grads}, recipe, averaged=True)
+  return state, _means(aux) | norms | {'exit': plan.exit.astype(jnp.float32)}
+
+
+def critic_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple[TrainState, dict]:
+  """Rolls the student out anew and fits the critic to it."""
+  shared, keys = step_keys(recipe, n, 'critic', batch['index'])
+  rollout_keys, loss_keys = _split(keys)
+  text = encode(frozen, batch['ids'], batch['mask'], recipe)
+  plan = draw_plan(recipe, shared)
+  rolled = rollout(wan.bind(recipe.model), state.params['generator'], rollout_keys, text, plan)
+
+  def loss_fn(params):
+    critic = _model(recipe.model, params, wan.Clip())
+    per_example, aux = critic_loss(critic, rolled.x0, text, loss_keys, recipe.dmd)
+    return per_example.mean(), aux | {'loss': per_example}
+
+  grads, aux = jax.grad(loss_fn, has_aux=True)(state.params['critic'])
+  state, norms = _update(state, {'critic': grads}, recipe, averaged=False)
+  return state, _means(aux) | norms
+
+
+def ode_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple[TrainState, dict]:
+  """Chunk-causal regression on teacher trajectories."""
+  _, keys = step_keys(recipe, n, 'generator', batch['index'])
+  text = encode(frozen, batch['ids'], batch['mask'], recipe)
+  sigmas = jnp.asarray(
+    flow.few_step_sigmas(recipe.schedule.steps[0], recipe.schedule.shift), jnp.float32
+  )
+  chunk = recipe.chunking.chunk
+
+  def loss_fn(params):
+    model = _model(recipe.model, params, wan.Clip(chunk=chunk))
+    trajectory = batch['trajectory'].astype(jnp.float32)
+    per_example, aux = ode_loss(model, trajectory, text, keys, sigmas, chunk=chunk)
+    return per_example.mean(), aux | {'loss': per_example}
+
+  grads, aux = jax.grad(loss_fn, has_aux=True)(state.params['generator'])
+  state, norms = _update(state, {'generator': grads}, recipe, averaged=True)
+  return state, _means(aux) | norms
+
+
+def flow_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple[TrainState, dict]:
+  """Flow matching of DiT and text encoder together; some prompts are dropped for guidance."""
+  _, keys = step_keys(recipe, n, 'dit', batch['index'])
+  drop_keys, loss_keys = _split(keys)
+  drop = jax.vmap(jax.random.bernoulli, (0, None))(drop_keys, recipe.text_dropout)[:, None]
+  ids = jnp.where(drop, frozen['negative']['ids'], batch['ids'])
+  mask = jnp.where(drop, frozen['negative']['mask'], batch['mask'])
+
+  def loss_fn(params):
+    text = text_model.encode(params['text'], ids, mask, recipe.text)
+    model = _model(recipe.model, params['dit'], wan.Clip())
+    x0 = batch['latents'].astype(jnp.float32)
+    per_example, aux = flow_matching_loss(model, x0, text, loss_keys, recipe.flow_shift)
+    return per_example.mean(), aux | {'loss': per_example}
+
+  grads, aux = jax.grad(loss_fn, has_aux=True)(state.params)
+  state, norms = _update(state, grads, recipe, averaged=True)
+  return state, _means(aux) | norms
+
+
+def vae_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple[TrainState, dict]:
+  """Reconstruction of clips."""
+  del frozen
+  shared, _ = step_keys(recipe, n, 'vae', batch['index'])
+  video = to_unit(batch['video'])
+
+  def loss_fn(params):
+    per_example, aux = vae_loss(params, video, shared, recipe.vae, kl_weight=recipe.kl_weight)
+    return per_example.mean(), aux | {'loss': per_example}
+
+  grads, aux = jax.grad(loss_fn, has_aux=True)(state.params['vae'])
+  state, norms = _update(state, {'vae': grads}, recipe, averaged=True)
+  return state, _means(aux) | norms
+
+
+def to_unit(video):
+  """uint8 frames to [-1, 1]."""
+  return video.astype(jnp.float32) / 127.5 - 1
+
+
+def to_bytes(video):
+  """[-1, 1] to uint8 as the original writes it: clamped, truncated, on the device."""
+  return jnp.clip((video + 1) * 127.5, 0, 255).astype(jnp.uint8)

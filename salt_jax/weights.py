@@ -1,0 +1,92 @@
+"""Files of weights that a stage starts from, and those that it leaves behind."""
+
+import importlib.resources
+import json
+import os
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from salt_jax import convert
+from salt_jax.errors import InputError
+from salt_jax.models import text, vae, wan
+
+NETWORKS = {'vae': 'vae', 'text': 'umt5'}  # everything else is a DiT
+
+
+def resolve(path: str) -> str:
+  """The file behind a path; 'assets:' stands for the package's own folder."""
+  if path.startswith('assets:'):
+    return str(importlib.resources.files('salt_jax') / 'assets' / path.removeprefix('assets:'))
+  return path
+
+
+def require(config: ConfigDict, names: Sequence[str]) -> None:
+  """Checks that all files are there before anything is compiled.
+
+  Raises:
+    InputError: naming every missing file and where it goes.
+  """
+  paths = {name: resolve(config.weights[name]) for name in names}
+  missing = [f'{path} (weights.{name})' for name, path in paths.items() if not os.path.isfile(path)]
+  if missing:
+    raise InputError(
+      f"{config.name} needs weights that are not there: {', '.join(missing)}; put them there in Wan's own names as "
+      'safetensors, or point --config.weights.NAME at them. --config=configs/selfforcing.py:nano runs without any.'
+    )
+
+
+def shapes(network: str, cfg) -> PyTree:
+  """Shapes of a network's parameters; nothing is allocated."""
+  module = {'vae': vae, 'umt5': text, 'dit': wan}[network]
+  return jax.eval_shape(lambda key: module.init_params(key, cfg), jax.random.key(0))
+
+
+def load(path: str, network: str, cfg) -> PyTree:
+  """Reads float32 parameters for a network of the given sizes.
+
+  Raises:
+    InputError: a missing, damaged or other-sized file.
+  """
+  return convert.load_params(resolve(path), network, shapes(network, cfg))
+
+
+def narrowed(params: PyTree, dtype: str) -> PyTree:
+  """Kernels of a frozen network in its compute dtype; norms, biases and modulation stay float32."""
+
+  def one(path, x):
+    return x.astype(dtype) if path[-1].key in ('kernel', 'embedding') else x
+
+  return jax.tree_util.tree_map_with_path(one, params)
+
+
+def export(workdir: str, name: str, params: PyTree, config: ConfigDict) -> str:
+  """Writes a network under Wan's names, with the config that made it; returns the path.
+
+  The file alone is enough for `salt_jax.sample`.
+  """
+  path = os.path.join(workdir, 'export', f'{config.name}-{name}.safetensors')
+  metadata = {'config': config.to_json_best_effort(), 'network': name}
+  host = jax.tree.map(np.asarray, params)
+  convert.save_params(path, host, NETWORKS.get(name, 'dit'), config.export_dtype, metadata)
+  return path
+
+
+def config_of(path: str) -> ConfigDict:
+  """The config that a file of `export` carries.
+
+  Raises:
+    InputError: if it carries none.
+  """
+  convert.load_safetensors(path)
+  with open(path, 'rb') as file:
+    size = int.from_bytes(file.read(8), 'little')
+    metadata = json.loads(file.read(size)).get('__metadata__', {})
+  if 'config' not in metadata:
+    raise InputError(
+      f'{path} does not say which config made it: pass the workdir of a run instead.'
+    )
+  return ConfigDict(json.loads(metadata['config']), convert_dict=True)

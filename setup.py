@@ -1,0 +1,46 @@
+"""Package metadata: `pip install -e .` for the library, with the extras tpu, gpu, torch and dev."""
+
+import setuptools
+
+setuptools.setup(
+  name='salt_jax',
+  version='0.1.0',
+  description='Few-step distillation of video diffusion models in JAX',
+  license='Apache-2.0',
+  python_requires='>=3.11',
+  packages=setuptools.find_packages(include=['salt_jax', 'salt_jax.*']),
+  package_data={
+    'salt_jax': [f'assets/{place}*.{kind}' for place in ('', '**/')
+                 for kind in ('npz', 'safetensors', 'json', 'md', 'txt')],
+  },
+  install_requires=[
+    'absl-py>=2.1',  # flags and logging
+    'array_record>=0.5',  # stores of latents and text embeddings
+    'einops>=0.8',  # rearrangements that name their axes
+    'flax>=0.12',  # the networks (linen)
+    'grain>=0.2.12',  # reading data
+    'jax>=0.10',  # everything
+    'jaxtyping>=0.2.30',  # shapes in signatures
+    'ml_collections>=1.0',  # configs
+    'numpy>=2.0',  # host arrays
+    'optax>=0.2.5',  # AdamW and clipping
+    'orbax-checkpoint>=0.11',  # checkpoints
+    'pillow>=10.0',  # videos and pictures as files
+    'safetensors>=0.5',  # published weights
+    'tensorboardX>=2.6',  # curves
+  ],
+  extras_require={
+    'tpu': ['jax[tpu]>=0.10'],  # TPU runtime; also what plan compiles with on a CPU
+    'gpu': ['jax[cuda13]>=0.10'],  # CUDA libraries
+    'torch': ['torch>=2.6'],  # reading .pt files
+    'dev': [
+      'pytest>=8.0',
+      'pytest-xdist>=3.6',  # tests in parallel
+      'ruff>=0.9',
+      'torch==2.13.0',  # the oracle networks of the parity tests run on it
+      'diffusers>=0.35',  # Wan DiT and VAE as oracles
+      'transformers>=5.0',  # UMT5 as an oracle
+      'sentencepiece>=0.2',  # its tokenizer
+    ],
+  },
+)

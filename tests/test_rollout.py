@@ -1,0 +1,176 @@
+"""The rollout: equal to a plain sequential one, gradient where it belongs, one program for every draw."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from salt_jax.diffusion import flow, rollout
+from salt_jax.errors import InputError
+from salt_jax.models import cache as caches
+from salt_jax.models import wan
+from tests import tiny
+
+APPLY = wan.bind(tiny.WAN)
+SIGMAS = flow.padded_sigmas(4, 5.0, 9)
+
+
+@functools.partial(jax.jit, static_argnames=('chunking',))
+def _roll(params, exit_step, chunking):
+  plan = rollout.Plan(chunking, jnp.asarray(SIGMAS), exit_step)
+  return rollout.rollout(APPLY, params, tiny.keys(), tiny.text(), plan)
+
+
+@functools.partial(jax.jit, static_argnames=('chunk',))
+def _exit(params, rolled, chunk=tiny.CHUNK):
+  return rollout.exit_x0(APPLY, params, tiny.text(), rolled, chunk)
+
+
+def _sequential(exit_step: int, context_noise: float = 0.0):
+  """Self-Forcing's loop written out: every pass by itself, full cache, sigma = t / 1000."""
+  apply = jax.jit(APPLY, static_argnames=())
+  n, text, keys = tiny.CHUNK, tiny.text(), tiny.keys()
+  shape = (tiny.WAN.layers, tiny.BATCH, tiny.FRAMES, 6, tiny.WAN.heads, tiny.WAN.head_dim)
+  cache, x0s, exits = caches.allocate(shape, jnp.float32), [], []
+  for start in range(0, tiny.FRAMES, n):
+    frames = jnp.arange(start, start + n)
+    ctx = wan.Chunk(cache, jnp.int32(start))
+    x = flow.frame_noise(keys, frames, 0, tiny.LATENT)
+    for i in range(exit_step + 1):
+      v, _ = apply(tiny.params(), x, jnp.full((tiny.BATCH, n), 1000 * SIGMAS[i]), text, ctx)
+      x0 = x - SIGMAS[i] * v
+      if i < exit_step:
+        eps = flow.frame_noise(keys, frames, i + 1, tiny.LATENT)
+        x = (1 - SIGMAS[i + 1]) * x0 + SIGMAS[i + 1] * eps
+    eps = flow.frame_noise(keys, frames, rollout.CONTEXT_DRAW, tiny.LATENT)
+    context = (1 - context_noise) * x0 + context_noise * eps
+    t = jnp.full((tiny.BATCH, n), 1000 * context_noise, jnp.float32)
+    _, features = apply(tiny.params(), context, t, text, ctx)
+    cache = caches.write(cache, features.k, features.v, start)
+    x0s.append(x0)
+    exits.append(x)
+  return jnp.concatenate(x0s, 1), jnp.concatenate(exits, 1), cache
+
+
+@pytest.mark.parametrize(('exit_step', 'noise'), [(0, 0.0), (3, 0.0), (2, 0.1)])
+def test_equals_the_loop_written_out(exit_step, noise):
+  x0, exits, cache = _sequential(exit_step, noise)
+  got = _roll(tiny.params(), jnp.int32(exit_step), tiny.chunking(context_noise=noise))
+  # Up to eight passes in a row amplify float32 rounding.
+  np.testing.assert_allclose(got.x0, x0, atol=1e-4)
+  np.testing.assert_allclose(got.trace.x, exits, atol=1e-4)
+  np.testing.assert_allclose(got.cache.k, cache.k, atol=1e-4)
+  assert float(got.trace.sigma) == SIGMAS[exit_step]
+
+
+@pytest.mark.parametrize(('sink', 'window'), [(0, None), (0, 4), (1, 4)])
+def test_loop_and_unrolled_agree(sink, window):
+  one, other = (
+    _roll(tiny.params(), jnp.int32(1), tiny.chunking(sink=sink, window=window, unroll=u))
+    for u in (True, False)
+  )
+  np.testing.assert_allclose(one.x0, other.x0, atol=1e-4)
+  np.testing.assert_allclose(one.cache.v, other.cache.v, atol=1e-4)
+
+
+def test_a_window_as_long_as_the_clip_is_the_full_cache_and_a_short_one_is_not():
+  full, long, short = (
+    _roll(tiny.params(), jnp.int32(1), tiny.chunking(window=w, sink=s)).x0
+    for w, s in ((None, 0), (tiny.FRAMES, 1), (3, 0))
+  )
+  np.testing.assert_array_equal(full, long)
+  np.testing.assert_allclose(full[:, : tiny.CHUNK], short[:, : tiny.CHUNK], atol=1e-5)
+  assert np.abs(full[:, -1] - short[:, -1]).max() > 1e-3
+
+
+@pytest.mark.parametrize(('sink', 'window'), [(0, None), (1, 4)])
+def test_exits_repeated_in_one_pass_equal_the_rollout(sink, window):
+  rolled = _roll(tiny.params(), jnp.int32(2), tiny.chunking(sink=sink, window=window))
+  np.testing.assert_allclose(_exit(tiny.params(), rolled), rolled.x0, atol=1e-4)
+
+
+def test_gradient_is_that_of_the_exit_step_alone():
+  """Against the sequential definition: each chunk's exit with gradient, everything else a constant."""
+  rolled = _roll(tiny.params(), jnp.int32(2), tiny.chunking())
+  weight = tiny.latents(7)
+
+  def parallel(params):
+    return (_exit(params, rolled) * weight).sum()
+
+  def sequential(params):
+    total = 0.0
+    for start in range(0, tiny.FRAMES, tiny.CHUNK):
+      part = slice(start, start + tiny.CHUNK)
+      x = rolled.trace.x[:, part]
+      t = jnp.full(x.shape[:2], 1000 * rolled.trace.sigma)
+      v, _ = APPLY(params, x, t, tiny.text(), wan.Chunk(rolled.cache, jnp.int32(start)))
+      total += ((x - rolled.trace.sigma * v) * weight[:, part]).sum()
+    return total
+
+  one, other = (
+    jax.jit(jax.grad(parallel))(tiny.params()),
+    jax.jit(jax.grad(sequential))(tiny.params()),
+  )
+  scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(other))
+  for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-4 * scale)
+
+
+def test_nothing_reaches_the_rollout_or_earlier_chunks():
+  def last_chunk(params, x):
+    rolled = _roll(params, jnp.int32(1), tiny.chunking())
+    rolled = rolled.replace(trace=rolled.trace.replace(x=rolled.trace.x + x))
+    return jnp.square(
+      rollout.exit_x0(APPLY, jax.lax.stop_gradient(params), tiny.text(), rolled, tiny.CHUNK)
+    ).sum()
+
+  grads = jax.jit(jax.grad(last_chunk))(
+    tiny.params(), jnp.zeros((tiny.BATCH, tiny.FRAMES, *tiny.LATENT))
+  )
+  assert not any(np.asarray(g).any() for g in jax.tree.leaves(grads)), 'the rollout has a gradient'
+
+
+def test_one_program_serves_every_exit_and_step_count():
+  before = _roll._cache_size()
+  for exit_step in range(3):
+    _roll(tiny.params(), jnp.int32(exit_step), tiny.chunking(mode='ode'))
+  assert _roll._cache_size() == before + 1
+
+
+def test_ode_mode_takes_euler_steps():
+  rolled = _roll(tiny.params(), jnp.int32(1), tiny.chunking(mode='ode'))
+  keys, frames = tiny.keys(), jnp.arange(tiny.CHUNK)
+  x = flow.frame_noise(keys, frames, 0, tiny.LATENT)
+  shape = (tiny.WAN.layers, tiny.BATCH, tiny.FRAMES, 6, tiny.WAN.heads, tiny.WAN.head_dim)
+  ctx = wan.Chunk(caches.allocate(shape, jnp.float32), jnp.int32(0))
+  v, _ = APPLY(tiny.params(), x, jnp.full(x.shape[:2], 1000.0), tiny.text(), ctx)
+  np.testing.assert_allclose(rolled.trace.x[:, : tiny.CHUNK], x - (1 - SIGMAS[1]) * v, atol=1e-4)
+
+
+def test_streaming_cache_holds_what_is_visible_and_gives_the_same_clip():
+  chunking = tiny.chunking(window=4, sink=1)
+  whole = _roll(tiny.params(), jnp.int32(1), chunking)
+  cache, outs = rollout.empty_cache(chunking, tiny.BATCH, streaming=True), []
+  assert cache.capacity == 2
+  plan = rollout.Plan(chunking, jnp.asarray(SIGMAS), jnp.int32(1))
+  for start in range(0, tiny.FRAMES, tiny.CHUNK):
+    x0, _, cache = rollout.denoise_chunk(
+      APPLY, tiny.params(), tiny.keys(), tiny.text(), plan, (cache, jnp.int32(start))
+    )
+    outs.append(x0)
+  np.testing.assert_allclose(jnp.concatenate(outs, 1), whole.x0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'sentence'),
+  [
+    (dict(frames=7), '7 latent frames do not divide'),
+    (dict(mode='dde'), 'mode "dde" is unknown'),
+    (dict(frames=6000), 'exceed the 4096 positions'),
+  ],
+)
+def test_bad_plans_are_refused(changes, sentence):
+  with pytest.raises(InputError, match=sentence):
+    tiny.chunking(**changes)

@@ -1,0 +1,213 @@
+"""The DiT: properties first, then diffusers as an independent network, then the published sizes."""
+
+import dataclasses
+import functools
+import math
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+from salt_jax import convert
+from salt_jax.errors import InputError
+from salt_jax.models import cache as caches
+from salt_jax.models import rope, wan
+from tests import tiny
+
+APPLY = wan.bind(tiny.WAN)
+
+
+@functools.partial(jax.jit, static_argnames=('chunk',))
+def _clip(params, x, t, text, chunk=None):
+  return APPLY(params, x, t, text, wan.Clip(chunk=chunk))
+
+
+def _influence(chunk):
+  """[out frame, in frame]: does the output of one depend on the input of the other?"""
+  x, t, text = tiny.latents(1), tiny.levels(2), tiny.text()
+
+  @jax.jit
+  def gradient(x, frame):
+    loss = lambda x: jnp.square(
+      APPLY(tiny.params(), x, t, text, wan.Clip(chunk=chunk))[0][:, frame]
+    ).sum()  # noqa: E731
+    return jnp.abs(jax.grad(loss)(x)).sum((0, 2, 3, 4))
+
+  return np.stack([gradient(x, jnp.int32(frame)) for frame in range(tiny.FRAMES)]) > 0
+
+
+def test_chunk_causal_by_gradient():
+  frames = np.arange(tiny.FRAMES)
+  same_or_earlier = frames[:, None] // tiny.CHUNK >= frames[None] // tiny.CHUNK
+  np.testing.assert_array_equal(_influence(tiny.CHUNK), same_or_earlier)
+
+
+def test_bidirectional_sees_everything():
+  assert _influence(None).all()
+
+
+def test_one_chunk_over_the_clip_is_bidirectional():
+  x, t, text = tiny.latents(1), tiny.levels(2), tiny.text()
+  whole, _ = _clip(tiny.params(), x, t, text, None)
+  chunk, _ = _clip(tiny.params(), x, t, text, tiny.FRAMES)
+  np.testing.assert_array_equal(whole, chunk)
+
+
+@pytest.mark.parametrize('static', [True, False])
+def test_cached_chunks_equal_one_chunk_causal_pass(static):
+  x, t, text = tiny.latents(1), tiny.levels(2), tiny.text()
+  expected, _ = _clip(tiny.params(), x, t, text, tiny.CHUNK)
+  shape = (tiny.WAN.layers, tiny.BATCH, tiny.FRAMES, 6, tiny.WAN.heads, tiny.WAN.head_dim)
+  cache, outs = caches.allocate(shape, jnp.float32), []
+  for start in range(0, tiny.FRAMES, tiny.CHUNK):
+    part = slice(start, start + tiny.CHUNK)
+    ctx = wan.Chunk(cache, start if static else jnp.int32(start))
+    v, features = APPLY(tiny.params(), x[:, part], t[:, part], text, ctx)
+    cache = caches.write(cache, features.k, features.v, start)
+    outs.append(v)
+  # The same sums in another order: float32 rounding of outputs of order one.
+  np.testing.assert_allclose(jnp.concatenate(outs, 1), expected, atol=1e-5)
+
+
+def test_reading_a_cache_leaves_it_alone_and_passes_no_gradient():
+  x, t, text = tiny.latents(1), tiny.levels(2), tiny.text()
+  _, features = _clip(tiny.params(), x, t, text, tiny.CHUNK)
+  shape = (tiny.WAN.layers, tiny.BATCH, tiny.FRAMES, 6, tiny.WAN.heads, tiny.WAN.head_dim)
+  empty = caches.allocate(shape, jnp.float32)
+
+  def loss(k):
+    cache = caches.write(empty, k, features.v, 0)
+    chunk = wan.Chunk(cache, 4)
+    return jnp.square(APPLY(tiny.params(), x[:, 4:], t[:, 4:], text, chunk)[0]).sum()
+
+  value, grad = jax.value_and_grad(loss)(features.k)
+  assert value > 0 and not np.asarray(grad).any(), 'a gradient flows through the cache'
+  assert loss(features.k.at[:, :, 0].add(1.0)) != value, 'the cache is not read at all'
+
+
+def test_remat_changes_nothing():
+  x, t, text = tiny.latents(1), tiny.levels(2), tiny.text()
+
+  def grads(remat):
+    cfg = dataclasses.replace(tiny.WAN, remat=remat)
+    loss = lambda p: jnp.square(wan.apply(p, x, t, text, wan.Clip(chunk=2), cfg)[0]).mean()  # noqa: E731
+    return jax.jit(jax.grad(loss))(tiny.params())
+
+  # Recomputation may fuse differently: a few float32 ulps of gradients below one.
+  for a, b in zip(jax.tree.leaves(grads(True)), jax.tree.leaves(grads(False)), strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-6, rtol=1e-4)
+
+
+def test_taps_are_the_blocks_that_were_asked_for():
+  x, t, text = tiny.latents(1), tiny.levels(2), tiny.text()
+  _, features = APPLY(tiny.params(), x, t, text, wan.Clip(taps=(0, 2)))
+  assert set(features.taps) == {0, 2} and features.taps[0].shape == (2, 6, 6, 48)
+  short = dataclasses.replace(tiny.WAN, layers=1)
+  first = tiny.params() | {'blocks': jax.tree.map(lambda p: p[:1], tiny.params()['blocks'])}
+  _, alone = wan.apply(first, x, t, text, wan.Clip(taps=(0,)), short)
+  np.testing.assert_allclose(features.taps[0], alone.taps[0], atol=1e-6)
+  assert np.abs(features.taps[2] - features.taps[0]).max() > 0.1
+
+
+def test_rope_start_moves_frames_only_and_golden_values():
+  shifted = rope.table((2, 3, 4), 24, jnp.int32(5))
+  whole = rope.table((7, 3, 4), 24)
+  np.testing.assert_array_equal(shifted, whole[:, 5:])
+  # Spot values of the complex table of Wan 2.1 at head width 128.
+  table = rope.table((2, 30, 52), 128)
+  spots = {
+    (1, 0, 1): (0.7912577, 0.6114828),
+    (0, 29 * 52, 22 + 3): (0.0740959, 0.9972511),
+    (0, 51, 43 + 20): (0.9999687, 0.0079075),
+  }
+  for (f, token, pair), value in spots.items():
+    np.testing.assert_allclose(
+      table[:, f, token, pair], value, atol=1e-6, err_msg='per-axis widths 44/42/42'
+    )
+
+
+def test_sinusoid_golden_values():
+  got = wan.sinusoid(jnp.full((1, 1), 999.0), 256)[0, 0, jnp.array([0, 1, 2, 127, 128, 129, 255])]
+  wanted = [0.9996499, 0.9637825, -0.3989918, 0.9942432, -0.0264608, -0.2666896, 0.1071472]
+  # 999 rad in float32 is known to 3e-5.
+  np.testing.assert_allclose(got, wanted, atol=5e-5, err_msg='cosines first, t on 0…1000')
+
+
+class _Masked(WanAttnProcessor):
+  """diffusers' attention with a mask on self-attention, which its own processor cannot pass."""
+
+  mask = None
+
+  def __call__(
+    self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None
+  ):
+    if encoder_hidden_states is None:
+      attention_mask = self.mask
+    return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+
+
+@functools.cache
+def _oracle():
+  torch.manual_seed(0)
+  cfg = tiny.WAN
+  model = diffusers.WanTransformer3DModel(
+    num_attention_heads=cfg.heads,
+    attention_head_dim=cfg.head_dim,
+    in_channels=16,
+    out_channels=16,
+    text_dim=cfg.text_dim,
+    freq_dim=cfg.freq_dim,
+    ffn_dim=cfg.ffn_dim,
+    num_layers=cfg.layers,
+  )
+  with torch.no_grad():
+    for p in model.parameters():
+      p.add_(0.1 * torch.randn_like(p))
+  tensors = {k: v.numpy() for k, v in model.state_dict().items()}
+  params = convert.from_wan(convert.rename(tensors, 'dit', 'diffusers'), 'dit')
+  return model.eval(), params
+
+
+@pytest.mark.parametrize('chunk', [None, tiny.CHUNK])
+def test_parity_with_diffusers(chunk):
+  """Per-frame timesteps, and a chunk-causal mask where asked. float32 sums of another order: 1e-4 of unit scale."""
+  model, params = _oracle()
+  x, t, text = tiny.latents(1), tiny.levels(2), tiny.text()
+  tokens = math.prod(tiny.LATENT[:2]) // 4
+  blocks = np.arange(tiny.FRAMES * tokens) // (tokens * (chunk or tiny.FRAMES))
+  _Masked.mask = torch.from_numpy(blocks[:, None] >= blocks[None])
+  for block in model.blocks:
+    block.attn1.set_processor(_Masked())
+  per_token = np.repeat(np.asarray(t), tokens, axis=1)
+  with torch.no_grad():
+    expected = model(
+      torch.from_numpy(np.moveaxis(np.asarray(x), -1, 1).copy()),
+      torch.from_numpy(per_token),
+      torch.from_numpy(np.array(text)),
+      return_dict=False,
+    )[0].numpy()
+  got, _ = _clip(params, x, t, text, chunk)
+  assert np.abs(expected).std() > 0.05
+  np.testing.assert_allclose(np.moveaxis(np.asarray(got), -1, 1), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ('cfg', 'count', 'tensors'),
+  [(wan.wan_1_3b(), 1_418_996_800, 825), (wan.wan_14b(), 14_288_491_584, 1095)],
+)
+def test_published_sizes(cfg, count, tensors):
+  shapes = wan.param_shapes(cfg)
+  assert sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)) == count
+  names = convert.wan_shapes(shapes, 'dit')
+  assert len(names) == tensors
+  assert names['patch_embedding.weight'] == (cfg.dim, 16, 1, 2, 2)
+  assert names[f'blocks.{cfg.layers - 1}.ffn.0.weight'] == (cfg.ffn_dim, cfg.dim)
+
+
+def test_heads_that_do_not_divide_are_refused():
+  with pytest.raises(InputError, match='dim 100 does not divide into 3 heads'):
+    dataclasses.replace(tiny.WAN, dim=100, heads=3)

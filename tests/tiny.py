@@ -1,0 +1,55 @@
+"""Tiny models shared by the tests: every shape differs, and no parameter is zero."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from salt_jax.diffusion.rollout import Chunking
+from salt_jax.models import wan
+
+WAN = wan.WanConfig(
+  dim=48, ffn_dim=80, heads=2, layers=3, text_dim=32, text_len=7, dtype='float32', remat=False
+)
+LATENT = (4, 6, 16)
+FRAMES, CHUNK, BATCH = 6, 2, 2
+
+
+@functools.cache
+def params(seed: int = 0):
+  """Random parameters with everything perturbed: zero heads and unit norms would hide mistakes."""
+  rng = np.random.default_rng(seed)
+
+  def noisy(path, x):
+    centre = 1.0 if path[-1].key == 'weight' else 0.0
+    spread = x.shape[-2] ** -0.5 if path[-1].key == 'kernel' else 0.1
+    return (centre + spread * rng.standard_normal(x.shape)).astype(np.float32)
+
+  return jax.tree_util.tree_map_with_path(noisy, wan.param_shapes(WAN))
+
+
+def latents(seed: int, frames: int = FRAMES, batch: int = BATCH):
+  return jax.random.normal(jax.random.key(seed), (batch, frames, *LATENT))
+
+
+def text(seed: int = 9, batch: int = BATCH):
+  rows = jax.random.normal(jax.random.key(seed), (batch, WAN.text_len, WAN.text_dim))
+  return rows.at[:, 5:].set(0.0)
+
+
+def levels(seed: int, frames: int = FRAMES, batch: int = BATCH):
+  """An own timestep for every frame."""
+  return 1000 * jax.random.uniform(jax.random.key(seed), (batch, frames))
+
+
+def chunking(**changes) -> Chunking:
+  tokens = LATENT[0] * LATENT[1] // 4
+  cache = (WAN.layers, tokens, WAN.heads, WAN.head_dim)
+  base = Chunking(frames=FRAMES, chunk=CHUNK, latent=LATENT, cache=cache, dtype='float32')
+  return dataclasses.replace(base, **changes)
+
+
+def keys(batch: int = BATCH, seed: int = 3):
+  return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch))
