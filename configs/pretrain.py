@@ -16,7 +16,7 @@ def get_config(arg=None):
 
 def _vae(steps):
   config = base.common(name='pretrain-vae', stage='vae', size='nano', total_steps=steps, batch=32)
-  config.data = dict(kind='clips', frames=33)  # causal in time, so short clips teach it
+  config.data = dict(kind='clips', frames=17)  # causal in time, so short clips teach it
   config.kl_weight = 1e-4
   config.statistics_clips = 512  # whose latents are brought to mean 0, deviation 1 at the end
   config.optim = dict(

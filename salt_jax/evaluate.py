@@ -49,7 +49,7 @@ class Row(NamedTuple):
 
 def finished(config: ConfigDict, rec: Recipe, networks: dict[str, PyTree]) -> dict[str, PyTree]:
   """The averaged networks as they are exported: a VAE's latents get mean 0 and deviation 1 a channel."""
-  if config.stage != 'vae':
+  if config.stage != 'vae' or not config.statistics_clips:
     return networks
   params = jax.tree.map(jnp.asarray, networks['vae'])
   run = jax.jit(lambda p, x: vae.encode(p, to_unit(x), rec.vae))
@@ -60,6 +60,7 @@ def finished(config: ConfigDict, rec: Recipe, networks: dict[str, PyTree]) -> di
     ]
   )
   axes = tuple(range(z.ndim - 1))
+  log.info('latents: deviation %.3g to %.3g a channel', z.std(axes).min(), z.std(axes).max())
   return {'vae': jax.tree.map(np.asarray, fold_statistics(params, z.mean(axes), z.std(axes)))}
 
 

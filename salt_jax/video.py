@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from salt_jax.errors import InputError
 
 QUALITY = 90
+SUFFIXES = ('.webp', '.gif', '.png')
 TEXT_SIZE = 14
 TEXT_WIDTH = 190
 GAP = 2
@@ -165,4 +166,4 @@ def write(path: str, video: UInt8[np.ndarray, 'f h w 3'], fps: float = 16) -> No
     case '.png':
       write_strip(path, video)
     case _:
-      raise InputError(f"'{path}' has the unknown suffix '{suffix}': use .webp, .gif or .png.")
+      raise InputError(f"'{path}' has the unknown suffix '{suffix}': use {', '.join(SUFFIXES)}.")

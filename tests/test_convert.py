@@ -16,23 +16,32 @@ from salt_jax import convert, wan_names
 from salt_jax.errors import InputError
 from salt_jax.models import text, vae, wan
 
-TINY_DIT = dict(num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16,
-                text_dim=32, freq_dim=256, ffn_dim=32, num_layers=2)
+TINY_DIT = dict(
+  num_attention_heads=2,
+  attention_head_dim=12,
+  in_channels=16,
+  out_channels=16,
+  text_dim=32,
+  freq_dim=256,
+  ffn_dim=32,
+  num_layers=2,
+)
 IMAGE = dict(in_channels=36, image_dim=16, added_kv_proj_dim=24)
 TINY_UMT5 = dict(vocab_size=128, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
-FULL_DIT = dict(text_dim=4096, freq_dim=256, in_channels=16, out_channels=16,
-                attention_head_dim=128)
+FULL_DIT = dict(
+  text_dim=4096, freq_dim=256, in_channels=16, out_channels=16, attention_head_dim=128
+)
 WAN_1_3B = FULL_DIT | dict(num_attention_heads=12, ffn_dim=8960, num_layers=30)
 WAN_14B = FULL_DIT | dict(num_attention_heads=40, ffn_dim=13824, num_layers=40)
 WAN_I2V = WAN_14B | dict(in_channels=36, image_dim=1280, added_kv_proj_dim=5120)
 
 MODELS = {
-    't2v': ('dit', lambda: WanTransformer3DModel(**TINY_DIT)),
-    'i2v': ('dit', lambda: WanTransformer3DModel(**TINY_DIT | IMAGE)),
-    'flf2v': ('dit', lambda: WanTransformer3DModel(**TINY_DIT | IMAGE, pos_embed_seq_len=514)),
-    'vae': ('vae', lambda: AutoencoderKLWan(base_dim=4)),
-    'vae_small': ('vae', lambda: AutoencoderKLWan(base_dim=4, num_res_blocks=1)),
-    'umt5': ('umt5', lambda: UMT5EncoderModel(UMT5Config(**TINY_UMT5))),
+  't2v': ('dit', lambda: WanTransformer3DModel(**TINY_DIT)),
+  'i2v': ('dit', lambda: WanTransformer3DModel(**TINY_DIT | IMAGE)),
+  'flf2v': ('dit', lambda: WanTransformer3DModel(**TINY_DIT | IMAGE, pos_embed_seq_len=514)),
+  'vae': ('vae', lambda: AutoencoderKLWan(base_dim=4)),
+  'vae_small': ('vae', lambda: AutoencoderKLWan(base_dim=4, num_res_blocks=1)),
+  'umt5': ('umt5', lambda: UMT5EncoderModel(UMT5Config(**TINY_UMT5))),
 }
 
 
@@ -85,25 +94,49 @@ def test_every_foreign_key_becomes_one_wan_key(name):
 def test_every_row_of_the_table_is_used_and_none_twice(network):
   rows = wan_names.entries(network)
   assert len({row.wan for row in rows}) == len({row.foreign for row in rows}) == len(rows)
-  seen = {wan_names.find(wan_names.layouts(network), key)[0]
-          for name, (owner, _) in MODELS.items() if owner == network for key in wan_weights(name)}
+  seen = {
+    wan_names.find(wan_names.layouts(network), key)[0]
+    for name, (owner, _) in MODELS.items()
+    if owner == network
+    for key in wan_weights(name)
+  }
   # The middle keeps its width, so its residual blocks never need a shortcut.
-  absent = {'vae': {f'{coder}.middle.{k}.shortcut.{leaf}' for leaf in ('weight', 'bias')
-                    for coder in ('encoder', 'decoder') for k in (0, 2)}}
+  absent = {
+    'vae': {
+      f'{coder}.middle.{k}.shortcut.{leaf}'
+      for leaf in ('weight', 'bias')
+      for coder in ('encoder', 'decoder')
+      for k in (0, 2)
+    }
+  }
   assert {row.wan for row in rows} - seen == absent.get(network, set())
 
 
-@pytest.mark.parametrize('name, foreign, layer', [
-    ('vae', '0.resnets.2', 2), ('vae', '0.upsamplers.0', 3), ('vae', '1.resnets.0', 4),
-    ('vae', '2.upsamplers.0', 11), ('vae', '3.resnets.2', 14),
-    ('vae_small', '0.upsamplers.0', 2), ('vae_small', '1.resnets.1', 4),
-    ('vae_small', '1.upsamplers.0', 5), ('vae_small', '3.resnets.1', 10),
-])
+@pytest.mark.parametrize(
+  'name, foreign, layer',
+  [
+    ('vae', '0.resnets.2', 2),
+    ('vae', '0.upsamplers.0', 3),
+    ('vae', '1.resnets.0', 4),
+    ('vae', '2.upsamplers.0', 11),
+    ('vae', '3.resnets.2', 14),
+    ('vae_small', '0.upsamplers.0', 2),
+    ('vae_small', '1.resnets.1', 4),
+    ('vae_small', '1.upsamplers.0', 5),
+    ('vae_small', '3.resnets.1', 10),
+  ],
+)
 def test_stages_of_the_decoder_are_counted_through(name, foreign, layer):
-  theirs = {id(x) for key, x in weights(name).items()
-            if key.startswith(f'decoder.up_blocks.{foreign}.')}
-  assert theirs == {id(x) for key, x in wan_weights(name).items()
-                    if key.startswith(f'decoder.upsamples.{layer}.')} != set()
+  theirs = {
+    id(x) for key, x in weights(name).items() if key.startswith(f'decoder.up_blocks.{foreign}.')
+  }
+  assert (
+    theirs
+    == {
+      id(x) for key, x in wan_weights(name).items() if key.startswith(f'decoder.upsamples.{layer}.')
+    }
+    != set()
+  )
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -141,7 +174,8 @@ def test_layers_are_stacked_by_number_not_by_order():
   params = convert.from_wan(shuffled, 'dit')
   for i in range(2):
     np.testing.assert_array_equal(
-        leaf(params, 'blocks/ffn_2/kernel')[i], wan_weights('t2v')[f'blocks.{i}.ffn.2.weight'].T)
+      leaf(params, 'blocks/ffn_2/kernel')[i], wan_weights('t2v')[f'blocks.{i}.ffn.2.weight'].T
+    )
 
 
 def test_kernels_compute_what_torch_computes():
@@ -149,8 +183,9 @@ def test_kernels_compute_what_torch_computes():
   rng = np.random.default_rng(1)
   dit, coder = (convert.from_wan(wan_weights(n), n2) for n, n2 in (('t2v', 'dit'), ('vae', 'vae')))
   x = rng.standard_normal((1, 16, 1, 4, 6), np.float32)
-  want = torch.conv3d(*map(torch.tensor, (x, wan_weights('t2v')['patch_embedding.weight'])),
-                      stride=(1, 2, 2)).numpy()
+  want = torch.conv3d(
+    *map(torch.tensor, (x, wan_weights('t2v')['patch_embedding.weight'])), stride=(1, 2, 2)
+  ).numpy()
   patches = einops.rearrange(x, 'b c f (h ph) (w pw) -> b f h w (c ph pw)', ph=2, pw=2)
   got = einops.rearrange(patches @ dit['patch_embedding']['kernel'], 'b f h w d -> b d f h w')
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
@@ -159,14 +194,19 @@ def test_kernels_compute_what_torch_computes():
   x = rng.standard_normal((1, 16, 5, 6), np.float32)
   want = torch.conv2d(torch.tensor(x), torch.tensor(wan_weights('vae')[f'{key}.weight'])).numpy()
   got = jax.lax.conv_general_dilated(
-      x, leaf(coder, f'{path}/kernel'), (1, 1), 'VALID', dimension_numbers=('NCHW', 'HWIO', 'NCHW'))
+    x, leaf(coder, f'{path}/kernel'), (1, 1), 'VALID', dimension_numbers=('NCHW', 'HWIO', 'NCHW')
+  )
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
   x = rng.standard_normal((1, 16, 4, 5, 6), np.float32)
   want = torch.conv3d(*map(torch.tensor, (x, wan_weights('vae')['decoder.conv1.weight']))).numpy()
   got = jax.lax.conv_general_dilated(
-      x, leaf(coder, 'decoder/conv1/kernel'), (1, 1, 1), 'VALID',
-      dimension_numbers=('NCDHW', 'DHWIO', 'NCDHW'))
+    x,
+    leaf(coder, 'decoder/conv1/kernel'),
+    (1, 1, 1),
+    'VALID',
+    dimension_numbers=('NCDHW', 'DHWIO', 'NCDHW'),
+  )
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
   x = rng.standard_normal((3, 24), np.float32)
@@ -174,21 +214,27 @@ def test_kernels_compute_what_torch_computes():
   np.testing.assert_allclose(x @ dit['blocks']['ffn_0']['kernel'][1], want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('ours, theirs, tensors, count', [
+@pytest.mark.parametrize(
+  'ours, theirs, tensors, count',
+  [
     (wan.wan_1_3b, WAN_1_3B, 825, 1_418_996_800),
     (wan.wan_14b, WAN_14B, 1095, 14_288_491_584),
-])
+  ],
+)
 def test_full_size_dit_has_the_published_names_and_shapes(ours, theirs, tensors, count):
   shapes = convert.wan_shapes(wan.param_shapes(ours()), 'dit')
   assert len(shapes) == tensors and sum(map(math.prod, shapes.values())) == count
   assert shapes == shapes_on_meta(lambda: WanTransformer3DModel(**theirs), 'dit')
 
 
-@pytest.mark.parametrize('make, network, tensors, count', [
+@pytest.mark.parametrize(
+  'make, network, tensors, count',
+  [
     (lambda: WanTransformer3DModel(**WAN_I2V), 'dit', 1303, 16_394_878_784),
     (lambda: WanTransformer3DModel(**WAN_I2V, pos_embed_seq_len=514), 'dit', 1304, 16_395_536_704),
     (AutoencoderKLWan, 'vae', 194, 126_892_531),
-])
+  ],
+)
 def test_full_size_names_are_as_many_as_published(make, network, tensors, count):
   shapes = shapes_on_meta(make, network)
   assert len(shapes) == tensors and sum(map(math.prod, shapes.values())) == count
@@ -201,8 +247,7 @@ def test_full_size_vae_has_the_published_names_and_shapes():
 
 def test_nano_vae_has_the_names_and_shapes_of_a_small_oracle():
   cfg = vae.nano_vae()
-  theirs = functools.partial(
-      AutoencoderKLWan, base_dim=cfg.dim, num_res_blocks=cfg.num_res_blocks)
+  theirs = functools.partial(AutoencoderKLWan, base_dim=cfg.dim, num_res_blocks=cfg.num_res_blocks)
   assert convert.wan_shapes(vae_shapes(cfg), 'vae') == shapes_on_meta(theirs, 'vae')
 
 
@@ -210,15 +255,19 @@ def test_full_size_umt5_has_the_published_names_and_shapes():
   shapes = convert.wan_shapes(text.param_shapes(text.umt5_xxl()), 'umt5')
   assert len(shapes) == 242 and sum(map(math.prod, shapes.values())) == 5_680_910_336
   config = UMT5Config(
-      vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
+    vocab_size=256384, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64
+  )
   assert shapes == shapes_on_meta(lambda: UMT5EncoderModel(config), 'umt5')
 
 
-@pytest.mark.parametrize('prefix', [
-    'model.', 'model.diffusion_model.', 'model._fsdp_wrapped_module.', '_orig_mod.'])
+@pytest.mark.parametrize(
+  'prefix', ['model.', 'model.diffusion_model.', 'model._fsdp_wrapped_module.', '_orig_mod.']
+)
 def test_prefixes_and_unused_heads_do_not_matter(prefix):
-  inner = {k.replace('blocks.0.', 'blocks.0._checkpoint_wrapped_module.'): x
-           for k, x in wan_weights('t2v').items()}
+  inner = {
+    k.replace('blocks.0.', 'blocks.0._checkpoint_wrapped_module.'): x
+    for k, x in wan_weights('t2v').items()
+  }
   wrapped = {prefix + k: x for k, x in inner.items()}
   head = {'model._cls_pred_branch.0.weight': np.ones(2)}
   renamed = convert.rename(wrapped | head, 'dit', 'wan')
@@ -243,7 +292,9 @@ def changed(name, **changes):
   return {key: x for key, x in tensors.items() if x is not None}
 
 
-@pytest.mark.parametrize('name, changes, words', [
+@pytest.mark.parametrize(
+  'name, changes, words',
+  [
     ('t2v', {'blocks__0__attn1__to_q__weight': np.ones((2, 2))}, 'blocks.0.attn1.to_q.weight'),
     ('t2v', {'nonsense': np.ones(1)}, 'nonsense'),
     ('t2v', {'blocks__0__ffn__0__bias': None}, 'lack blocks.0.ffn.0.bias'),
@@ -252,7 +303,8 @@ def changed(name, **changes):
     ('t2v', {'head__head__weight': np.ones(4)}, 'head.head.weight has shape (4,)'),
     ('t2v', {'patch_embedding__weight': np.ones((24, 16, 2, 2, 2))}, 't = 1, h = 2, w = 2'),
     ('vae', {'encoder__head__0__gamma': np.ones((16, 1, 2, 1))}, 'encoder.head.0.gamma'),
-])
+  ],
+)
 def test_surprises_are_named(name, changes, words):
   with pytest.raises(InputError) as error:
     convert.from_wan(changed(name, **changes), MODELS[name][0])
@@ -265,7 +317,7 @@ def test_wrong_naming_or_network_is_refused():
     convert.rename(weights('t2v'), 'dit', 'wan')
   with pytest.raises(InputError, match='another naming'):
     convert.rename(wan_weights('t2v'), 'dit', 'diffusers')
-  with pytest.raises(InputError, match='not \'transformers\''):
+  with pytest.raises(InputError, match="not 'transformers'"):
     convert.rename(weights('t2v'), 'dit', 'transformers')
   with pytest.raises(InputError, match='unknown network'):
     convert.from_wan({}, 'clip')
@@ -286,5 +338,7 @@ def test_check_names_what_is_missing_unused_or_of_another_size():
   wider = like | {'text_embedding_0': {'kernel': np.ones((64, 24)), 'bias': np.ones(24)}}
   with pytest.raises(InputError) as error:
     convert.check(params, wider)
-  assert str(error.value) == ('a checkpoint of another size: text_embedding_0.kernel is (32, 24) '
-                              'but the config asks for (64, 24).')
+  assert str(error.value) == (
+    'a checkpoint of another size: text_embedding_0.kernel is (32, 24) '
+    'but the config asks for (64, 24).'
+  )

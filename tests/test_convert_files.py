@@ -19,7 +19,8 @@ def random_params():
   leaves, tree = jax.tree.flatten(text.param_shapes(TINY))
   keys = jax.random.split(jax.random.key(0), len(leaves))
   return tree.unflatten(
-      [jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)])
+    [jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+  )
 
 
 def one_sentence(message: str):
@@ -47,11 +48,12 @@ def test_torch_reads_what_we_write(tmp_path):
   assert len(read) == 2 + 2 * 10
   for i in range(2):
     np.testing.assert_array_equal(
-        read[f'blocks.{i}.ffn.fc1.weight'].numpy(), params['blocks']['ffn']['fc1']['kernel'][i].T)
+      read[f'blocks.{i}.ffn.fc1.weight'].numpy(), params['blocks']['ffn']['fc1']['kernel'][i].T
+    )
 
 
 def _truncate(path: pathlib.Path):
-  path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def _spoil(path: pathlib.Path):
@@ -60,14 +62,17 @@ def _spoil(path: pathlib.Path):
   path.write_bytes(content)
 
 
-@pytest.mark.parametrize('damage, words', [
+@pytest.mark.parametrize(
+  'damage, words',
+  [
     (pathlib.Path.unlink, 'not there'),
     (_truncate, 'cut short'),
     (lambda path: path.write_bytes(path.read_bytes()[:40]), 'cut short'),
     (lambda path: path.write_bytes(b''), 'not a safetensors file'),
     (lambda path: path.write_text('these are no weights but a letter'), 'not a safetensors file'),
     (_spoil, 'NaN or infinite numbers in'),
-])
+  ],
+)
 def test_a_damaged_file_gives_one_sentence_with_its_path(tmp_path, damage, words):
   params = random_params()
   path = tmp_path / 'umt5.safetensors'
@@ -83,8 +88,9 @@ def test_a_file_of_another_size_or_network_gives_one_sentence_with_its_path(tmp_
   path = tmp_path / 'umt5.safetensors'
   convert.save_params(path, random_params(), 'umt5')
   for network, like, words in (
-      ('umt5', text.param_shapes(text.nano_text()), 'another size'),
-      ('dit', wan.param_shapes(wan.wan_nano()), 'another model')):
+    ('umt5', text.param_shapes(text.nano_text()), 'another size'),
+    ('dit', wan.param_shapes(wan.wan_nano()), 'another model'),
+  ):
     with pytest.raises(InputError, match=words) as error:
       convert.load_params(path, network, like)
     assert str(path) in str(error.value)

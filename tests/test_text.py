@@ -26,8 +26,15 @@ init_params = jax.jit(text.init_params, static_argnums=1)
 
 def oracle_config(cfg: text.TextConfig) -> UMT5Config:
   return UMT5Config(
-      vocab_size=cfg.vocab, d_model=cfg.dim, d_kv=cfg.dim_attn // cfg.heads, d_ff=cfg.ffn_dim,
-      num_layers=cfg.layers, num_heads=cfg.heads, feed_forward_proj='gated-gelu', dropout_rate=0)
+    vocab_size=cfg.vocab,
+    d_model=cfg.dim,
+    d_kv=cfg.dim_attn // cfg.heads,
+    d_ff=cfg.ffn_dim,
+    num_layers=cfg.layers,
+    num_heads=cfg.heads,
+    feed_forward_proj='gated-gelu',
+    dropout_rate=0,
+  )
 
 
 @functools.cache
@@ -84,7 +91,7 @@ def test_padding_changes_nothing_for_the_text():
   junk = np.where(mask, ids, 77)
   np.testing.assert_array_equal(encode(params, junk, mask, TINY), out)
   for row, length in ((0, 1), (2, 29)):
-    alone = encode(params, ids[row:row + 1, :length], mask[row:row + 1, :length], TINY)
+    alone = encode(params, ids[row : row + 1, :length], mask[row : row + 1, :length], TINY)
     np.testing.assert_allclose(alone[0], out[row, :length], atol=1e-5, rtol=0)
 
 
@@ -95,7 +102,19 @@ def test_buckets_are_those_of_the_definition():
   want = attention._relative_position_bucket(offset).numpy()
   np.testing.assert_array_equal(text.relative_buckets(n), want)
   assert text.relative_buckets(130)[0, [0, 1, 7, 8, 11, 12, 16, 32, 64, 90, 91, 129]].tolist() == [
-      0, 17, 23, 24, 24, 25, 26, 28, 30, 30, 31, 31]
+    0,
+    17,
+    23,
+    24,
+    24,
+    25,
+    26,
+    28,
+    30,
+    30,
+    31,
+    31,
+  ]
   assert text.relative_buckets(130)[129, [129, 128, 38, 0]].tolist() == [0, 1, 15, 15]
 
 
@@ -157,8 +176,10 @@ def test_a_fresh_encoder_is_well_scaled():
   cfg = text.nano_text()
   params = init_params(jax.random.key(0), cfg)
   h = np.random.default_rng(0).standard_normal((256, cfg.dim), np.float32)
-  q, k = (np.asarray(h @ params['blocks']['attn'][name]['kernel'][1]).reshape(256, cfg.heads, -1)
-          for name in 'qk')
+  q, k = (
+    np.asarray(h @ params['blocks']['attn'][name]['kernel'][1]).reshape(256, cfg.heads, -1)
+    for name in 'qk'
+  )
   assert 0.7 < np.einsum('qhd,khd->hqk', q, k).std() < 1.4
   ids, mask = batch(cfg)
   assert 0.9 < np.asarray(encode(params, ids, mask, cfg))[mask].std() < 1.1
@@ -169,7 +190,15 @@ def test_tokenizer_writes_words_then_end_then_padding():
   ids, mask = tokenize(['A red  T-Shirt, moves up!', 'up'])
   words = ('<pad>', '</s>', '<unk>') + clips.NANO_WORDS
   assert [words[i] for i in ids[0]] == [
-      'a', 'red', 't-shirt', 'moves', 'up', '</s>', '<pad>', '<pad>']
+    'a',
+    'red',
+    't-shirt',
+    'moves',
+    'up',
+    '</s>',
+    '<pad>',
+    '<pad>',
+  ]
   assert mask.sum(1).tolist() == [6, 2] and ids.dtype == np.int32 and mask.dtype == bool
   assert tokenize.size == text.nano_text().vocab
 
@@ -179,13 +208,16 @@ def test_empty_input_is_the_end_token_alone():
   assert ids.tolist() == [[1, 0, 0, 0, 0]] * 2 and mask.sum(1).tolist() == [1, 1]
 
 
-@pytest.mark.parametrize('prompt, words', [
+@pytest.mark.parametrize(
+  'prompt, words',
+  [
     ('', 'prompt is empty'),
     (' . ', 'prompt is empty'),
     ('a rde bag', "'rde' in prompt 'a rde bag' is not in the vocabulary; .*red"),
     ('a bag <unk>', "'unk'"),
     ('a red bag and a blue bag', 'has 7 words but the limit is 6'),
-])
+  ],
+)
 def test_bad_prompts_are_refused_with_the_mend(prompt, words):
   with pytest.raises(InputError, match=words) as error:
     text.WordTokenizer(clips.NANO_WORDS, 7)(['up', prompt])

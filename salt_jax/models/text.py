@@ -46,8 +46,9 @@ class TextConfig:
 
 
 def umt5_xxl() -> TextConfig:
-  return TextConfig(vocab=256384, dim=4096, dim_attn=4096, heads=64, ffn_dim=10240, layers=24,
-                    dtype='bfloat16')
+  return TextConfig(
+    vocab=256384, dim=4096, dim_attn=4096, heads=64, ffn_dim=10240, layers=24, dtype='bfloat16'
+  )
 
 
 def nano_text(vocab: int = 22) -> TextConfig:
@@ -87,7 +88,8 @@ class PositionBias(nn.Module):
   def __call__(self, length: int):
     buckets, std = 2 * len(BUCKET_STARTS), (2 * 2 * len(BUCKET_STARTS) * self.cfg.heads) ** -0.5
     table = nn.Embed(
-        buckets, self.cfg.heads, embedding_init=nn.initializers.normal(std), name='embedding')
+      buckets, self.cfg.heads, embedding_init=nn.initializers.normal(std), name='embedding'
+    )
     return rearrange(table(relative_buckets(length)), 'query key heads -> heads query key')
 
 
@@ -140,17 +142,23 @@ class UMT5(nn.Module):
   def __call__(self, ids, mask):
     cfg = self.cfg
     embed = nn.Embed(
-        cfg.vocab, cfg.dim, embedding_init=nn.initializers.normal(1.0), name='token_embedding')
+      cfg.vocab, cfg.dim, embedding_init=nn.initializers.normal(1.0), name='token_embedding'
+    )
     x = embed(ids).astype(cfg.dtype)
-    layers = nn.scan(Layer, variable_axes={'params': 0}, split_rngs={'params': True},
-                     in_axes=nn.broadcast, length=cfg.layers)
+    layers = nn.scan(
+      Layer,
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+      in_axes=nn.broadcast,
+      length=cfg.layers,
+    )
     x, _ = layers(cfg, name='blocks')(x, mask)
     x = RMSNorm(cfg, name='norm')(x).astype(jnp.float32)
     return jnp.where(mask[..., None], x, 0)
 
 
 def encode(
-    params: dict, ids: Int[Array, 'b n'], mask: Bool[Array, 'b n'], cfg: TextConfig
+  params: dict, ids: Int[Array, 'b n'], mask: Bool[Array, 'b n'], cfg: TextConfig
 ) -> Float[Array, 'b n d']:
   """Encodes padded token ids.
 
@@ -189,8 +197,10 @@ class WordTokenizer:
   def __init__(self, vocabulary: tuple[str, ...], length: int):
     odd = [word for word in vocabulary if _words(word) != [word]]
     if odd or len(set(vocabulary)) < len(vocabulary):
-      raise InputError('a vocabulary holds each word once, in lower case and without punctuation '
-                       f'around it; correct {odd or "the repeated words"}.')
+      raise InputError(
+        'a vocabulary holds each word once, in lower case and without punctuation '
+        f'around it; correct {odd or "the repeated words"}.'
+      )
     self.vocabulary = tuple(vocabulary)
     self.length = length
     self.size = len(_SPECIALS) + len(vocabulary)
@@ -205,7 +215,7 @@ class WordTokenizer:
     rows = [[*self._row(prompt), EOS] for prompt in prompts]
     ids = np.full((len(rows), self.length), PAD, np.int32)
     for i, row in enumerate(rows):
-      ids[i, :len(row)] = row
+      ids[i, : len(row)] = row
     return ids, ids != PAD
 
   def empty(self, batch: int) -> tuple[Int[np.ndarray, 'b n'], Bool[np.ndarray, 'b n']]:
@@ -221,11 +231,14 @@ class WordTokenizer:
     for word in words:
       if word not in self._ids:
         known = ', '.join(difflib.get_close_matches(word, self.vocabulary, n=5, cutoff=0))
-        raise InputError(f"the word '{word}' in prompt '{prompt}' is not in the vocabulary; "
-                         f'the nearest known words are {known}.')
+        raise InputError(
+          f"the word '{word}' in prompt '{prompt}' is not in the vocabulary; "
+          f'the nearest known words are {known}.'
+        )
     if len(words) >= self.length:
-      raise InputError(f"prompt '{prompt}' has {len(words)} words but the limit is "
-                       f'{self.length - 1}; shorten it.')
+      raise InputError(
+        f"prompt '{prompt}' has {len(words)} words but the limit is {self.length - 1}; shorten it."
+      )
     return [self._ids[word] for word in words]
 
 

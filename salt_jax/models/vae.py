@@ -14,8 +14,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from salt_jax.errors import InputError
-from salt_jax.models.vae_layers import (
-    Attention, Down, Norm, Residual, Up, VideoConv, causal, pointwise, recall)
+from salt_jax.models import vae_layers as part
 
 WAN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
             0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
@@ -80,18 +79,18 @@ def nano_vae() -> VAEConfig:
 
 def _through(layers: list[nn.Module], widths: tuple[int, int], dtype: str, x, past):
   """The first convolution, every layer in turn, and the head."""
-  x, first = causal(VideoConv(widths[0], dtype, name='conv1'), x, recall(past, 'conv1'))
+  x, first = part.causal(part.VideoConv(widths[0], dtype, name='conv1'), x, part.recall(past, 'conv1'))
   new = {'conv1': first}
   for layer in layers:
-    x, new[layer.name] = layer(x, recall(past, layer.name))
-  x = jax.nn.silu(Norm(dtype, name='head_0')(x))
-  x, last = causal(VideoConv(widths[1], dtype, name='head_2'), x, recall(past, 'head_2'))
+    x, new[layer.name] = layer(x, part.recall(past, layer.name))
+  x = jax.nn.silu(part.Norm(dtype, name='head_0')(x))
+  x, last = part.causal(part.VideoConv(widths[1], dtype, name='head_2'), x, part.recall(past, 'head_2'))
   return x, new | {'head_2': last}
 
 
 def _middle(width: int, dtype: str) -> list[nn.Module]:
-  return [Residual(width, dtype, name='middle_0'), Attention(dtype, name='middle_1'),
-          Residual(width, dtype, name='middle_2')]
+  return [part.Residual(width, dtype, name='middle_0'), part.Attention(dtype, name='middle_1'),
+          part.Residual(width, dtype, name='middle_2')]
 
 
 class Encoder(nn.Module):
@@ -103,9 +102,9 @@ class Encoder(nn.Module):
     widths = [cfg.dim * mult for mult in cfg.dim_mult]
     for width, temporal in zip(widths, (*cfg.temporal_downsample, None), strict=True):
       for _ in range(cfg.num_res_blocks):
-        layers.append(Residual(width, cfg.dtype, name=f'downsamples_{len(layers)}'))
+        layers.append(part.Residual(width, cfg.dtype, name=f'downsamples_{len(layers)}'))
       if temporal is not None:
-        layers.append(Down(temporal, cfg.dtype, name=f'downsamples_{len(layers)}'))
+        layers.append(part.Down(temporal, cfg.dtype, name=f'downsamples_{len(layers)}'))
     layers += _middle(widths[-1], cfg.dtype)
     return _through(layers, (cfg.dim, 2 * cfg.z_dim), cfg.dtype, x, past)
 
@@ -119,9 +118,9 @@ class Decoder(nn.Module):
     widths = [cfg.dim * mult for mult in reversed(cfg.dim_mult)]
     for width, temporal in zip(widths, (*reversed(cfg.temporal_downsample), None), strict=True):
       for _ in range(cfg.num_res_blocks + 1):
-        layers.append(Residual(width, cfg.dtype, name=f'upsamples_{len(layers)}'))
+        layers.append(part.Residual(width, cfg.dtype, name=f'upsamples_{len(layers)}'))
       if temporal is not None:
-        layers.append(Up(temporal, cfg.dtype, name=f'upsamples_{len(layers)}'))
+        layers.append(part.Up(temporal, cfg.dtype, name=f'upsamples_{len(layers)}'))
     layers = _middle(widths[0], cfg.dtype) + layers
     return _through(layers, (widths[0], 3), cfg.dtype, x, past)
 
@@ -133,8 +132,8 @@ class VAE(nn.Module):
 
   def setup(self):
     self.encoder, self.decoder = Encoder(self.cfg), Decoder(self.cfg)
-    self.conv1 = pointwise(2 * self.cfg.z_dim, self.cfg.dtype, None)
-    self.conv2 = pointwise(self.cfg.z_dim, self.cfg.dtype, None)
+    self.conv1 = part.pointwise(2 * self.cfg.z_dim, self.cfg.dtype, None)
+    self.conv2 = part.pointwise(self.cfg.z_dim, self.cfg.dtype, None)
 
   def encode(self, x, past):
     x, past = self.encoder(x.astype(self.cfg.dtype), past)
@@ -160,7 +159,7 @@ def init_params(key: PRNGKeyArray, cfg: VAEConfig) -> dict:
   """Random float32 parameters: each convolution keeps the variance, attention starts as nothing."""
   leaves, tree = jax.tree_util.tree_flatten_with_path(param_shapes(cfg))
   ends = np.cumsum([leaf.size for _, leaf in leaves])
-  # One draw for all, because XLA takes most of a minute to compile a hundred.
+  # One draw, kept whole by the barrier: XLA takes most of a minute to compile a hundred.
   noise = jax.lax.optimization_barrier(jax.random.normal(key, (ends[-1],)))
   return tree.unflatten([_initial(path, noise[end - leaf.size:end].reshape(leaf.shape))
                          for (path, leaf), end in zip(leaves, ends, strict=True)])
@@ -306,86 +305,3 @@ def init_decode_cache(cfg: VAEConfig, batch: int, h: int, w: int) -> PyTree:
 def init_encode_cache(cfg: VAEConfig, batch: int, h: int, w: int) -> PyTree:
   """What `encode_chunk` carries for frames of h by w pixels."""
   return _empty(encode_chunk, cfg, (batch, 1, h, w, 3))
-
-
-def init_params(key: PRNGKeyArray, cfg: VAEConfig) -> PyTree:
-  """Random float32 parameters."""
-  side = cfg.space
-  return VAE(cfg).init(key, jnp.zeros((1, 1 + cfg.time, side, side, 3)), method='both')['params']
-
-
-def posterior(
-    params: PyTree, video: Float[Array, 'b t h w 3'], cfg: VAEConfig
-) -> tuple[Float[Array, 'b f h w z'], Float[Array, 'b f h w z']]:
-  """Mean and log-variance of the latents, not normalised.
-
-  Raises:
-    InputError: if the clip has not 4n + 1 frames, or rows and columns do not divide by 8.
-  """
-  _, t, h, w, _ = video.shape
-  if (t - 1) % cfg.time:
-    fits = 1 + cfg.time * ((t - 1) // cfg.time)
-    raise InputError(f'a clip of {t} frames cannot be encoded: cut it to {fits}, one more than a multiple of '
-                     f'{cfg.time}.')
-  if h % cfg.space or w % cfg.space:
-    raise InputError(f'frames of {h}x{w} cannot be encoded: rows and columns must be multiples of {cfg.space}.')
-  mean, logvar, _ = VAE(cfg).apply({'params': params}, video, None, method='encode')
-  return mean, logvar
-
-
-def _normalise(z, cfg: VAEConfig):
-  return (z - jnp.asarray(cfg.latent_mean)) / jnp.asarray(cfg.latent_std)
-
-
-def _restore(z, cfg: VAEConfig):
-  return z * jnp.asarray(cfg.latent_std) + jnp.asarray(cfg.latent_mean)
-
-
-def encode(params: PyTree, video: Float[Array, 'b t h w 3'], cfg: VAEConfig) -> Float[Array, 'b f h w z']:
-  """Normalised posterior mean of a video in [-1, 1]: 1 + 4n frames make 1 + n latents.
-
-  Raises:
-    InputError: as `posterior`.
-  """
-  return _normalise(posterior(params, video, cfg)[0], cfg)
-
-
-def reconstruct(params: PyTree, z: Float[Array, 'b f h w z'], cfg: VAEConfig) -> Float[Array, 'b t h w 3']:
-  """Decodes latents that are not normalised, without the final clamp: what training sees."""
-  return VAE(cfg).apply({'params': params}, z, None, method='decode')[0]
-
-
-def decode(params: PyTree, latents: Float[Array, 'b f h w z'], cfg: VAEConfig) -> Float[Array, 'b t h w 3']:
-  """Video in [-1, 1] of normalised latents: 1 + n latents make 1 + 4n frames."""
-  return jnp.clip(reconstruct(params, _restore(latents, cfg), cfg), -1, 1)
-
-
-def init_decode_cache(cfg: VAEConfig, batch: int, h: int, w: int) -> PyTree:
-  """Empty features for a stream of latents of h x w; the first call does not read them."""
-
-  def past(params):
-    z = jnp.zeros((batch, 1, h, w, cfg.z_dim))
-    return VAE(cfg).apply({'params': params}, z, None, method='decode')[1]
-
-  params = jax.eval_shape(lambda key: init_params(key, cfg), jax.random.key(0))
-  return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(past, params))
-
-
-def decode_chunk(
-    params: PyTree, latents: Float[Array, 'b f h w z'], cache: PyTree, cfg: VAEConfig, first: bool
-) -> tuple[Float[Array, 'b t h w 3'], PyTree]:
-  """Decodes the next latents of a stream.
-
-  Args:
-    params: of the VAE.
-    latents: normalised, any number.
-    cache: features of what came before.
-    cfg: sizes.
-    first: static; the latents begin the video.
-
-  Returns:
-    4 frames a latent (the very first makes 1), clamped, and the features for the next call.
-  """
-  past = None if first else cache
-  video, cache = VAE(cfg).apply({'params': params}, _restore(latents, cfg), past, method='decode')
-  return jnp.clip(video, -1, 1), cache
