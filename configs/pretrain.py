@@ -15,12 +15,12 @@ def get_config(arg=None):
 
 
 def _vae(steps):
-  config = base.common(name='pretrain-vae', stage='vae', size='nano', total_steps=steps, batch=32)
-  config.data = dict(kind='clips', frames=17)  # causal in time, so short clips teach it
+  config = base.common(name='pretrain-vae', stage='vae', size='nano', total_steps=steps, batch=8)
+  config.data = dict(kind='clips', frames=81)  # shorter clips are cheaper, but then colours drift in longer ones
   config.kl_weight = 1e-4
   config.statistics_clips = 512  # whose latents are brought to mean 0, deviation 1 at the end
   config.optim = dict(
-    vae=base.adamw(1e-3, b2=0.99, clip=1.0, schedule='cosine', warmup=100, total=steps)
+    vae=base.adamw(2e-3, b2=0.99, clip=1.0, schedule='cosine', warmup=100, total=steps)
   )
   config.ema = dict(decay=0.99, start=0)
   config.evaluate = dict(clips=256, rows=4)
@@ -33,7 +33,7 @@ def _teacher(steps):
   )
   config.model = base.dit('nano')
   config.data = dict(kind='clips', frames=81)
-  config.latents = dict(count=32768, batch=64)
+  config.latents = dict(count=24576, batch=64)
   config.text_dropout = 0.1
   config.flow_shift = 3.0
   config.optim = dict(

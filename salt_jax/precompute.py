@@ -19,6 +19,7 @@ from salt_jax.diffusion import flow, solvers
 from salt_jax.errors import InputError
 from salt_jax.models import vae, wan
 from salt_jax.recipe import Recipe
+from salt_jax.sharding import over_local_devices
 from salt_jax.step import encode, to_unit, unconditional
 from salt_jax.store import Field, StoreWriter
 
@@ -82,7 +83,7 @@ def latents(config: ConfigDict, rec: Recipe, folder: str) -> str:
   def make(number):
     item = clips(number)
     return {
-      'latents': np.asarray(run(params, item['video'])),
+      'latents': np.asarray(run(params, over_local_devices(item['video']))),
       'ids': item['ids'],
       'mask': item['mask'],
     }
@@ -132,8 +133,8 @@ def ode_pairs(config: ConfigDict, rec: Recipe, frozen: dict, folder: str) -> str
 
   def make(number):
     item = batches(number)
-    index = item['index'].astype(np.int32)
-    trajectory = np.asarray(run(teacher, frozen, item['ids'], item['mask'], index))
+    batch = over_local_devices((item['ids'], item['mask'], item['index'].astype(np.int32)))
+    trajectory = np.asarray(run(teacher, frozen, *batch))
     return {'trajectory': trajectory, 'ids': item['ids'], 'mask': item['mask']}
 
   facts = {'seed': config.seed, 'pairs': dict(pairs), 'shift': rec.schedule.shift}

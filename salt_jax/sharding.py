@@ -119,6 +119,20 @@ def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
   }
 
 
+def over_local_devices(batch: Any) -> Any:
+  """Splits the leading axis over this process's devices: for work that processes do each by itself.
+
+  Raises:
+    InputError: the rows cannot be split evenly.
+  """
+  devices = jax.local_devices()
+  rows = jax.tree.leaves(batch)[0].shape[0]
+  if rows % len(devices):
+    raise InputError(f'a batch of {rows} cannot be split over {len(devices)} local devices: make it a multiple.')
+  mesh = Mesh(np.array(devices), ('rows',))
+  return jax.device_put(batch, NamedSharding(mesh, PartitionSpec('rows')))
+
+
 def _spec(
   rule: Rule, name: str, shape: tuple[int, ...], mesh: Mesh, min_size: int
 ) -> PartitionSpec:

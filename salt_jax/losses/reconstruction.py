@@ -21,7 +21,7 @@ def vae_loss(
 ) -> tuple[Float[Array, 'b'], dict[str, Float[Array, 'b']]]:
   """mean |x' - x| + mean (x' - x)^2 + kl_weight * KL, x' decoded from a sample of the posterior.
 
-  KL to the unit normal is (mu^2 + exp(v) - 1 - v) / 2, averaged over the numbers of a latent clip (Kingma and
+  KL to the unit normal is (mu^2 + exp(v) - 1 - v) / 2, averaged over all latent numbers (Kingma and
   Welling, arXiv:1312.6114, appendix B); v is the log-variance, clipped to [-30, 20].
 
   Args:

@@ -1,7 +1,7 @@
 """Wan 2.1's video VAE: causal in time, 4x smaller in time and 8x in space.
 
-The first frame stands alone, so 1 + 4n frames make 1 + n latents. Frames, and latents, can be given at
-once or chunk by chunk with the same result.
+The first frame stands alone, so 1 + 4n frames make 1 + n latents. Frames, and latents, can be given
+at once or chunk by chunk with the same result.
 """
 
 import dataclasses
@@ -77,22 +77,6 @@ def nano_vae() -> VAEConfig:
   return dataclasses.replace(wan_vae(), dim=8, latent_mean=(0.0,) * 16, latent_std=(1.0,) * 16)
 
 
-def _through(layers: list[nn.Module], widths: tuple[int, int], dtype: str, x, past):
-  """The first convolution, every layer in turn, and the head."""
-  x, first = part.causal(part.VideoConv(widths[0], dtype, name='conv1'), x, part.recall(past, 'conv1'))
-  new = {'conv1': first}
-  for layer in layers:
-    x, new[layer.name] = layer(x, part.recall(past, layer.name))
-  x = jax.nn.silu(part.Norm(dtype, name='head_0')(x))
-  x, last = part.causal(part.VideoConv(widths[1], dtype, name='head_2'), x, part.recall(past, 'head_2'))
-  return x, new | {'head_2': last}
-
-
-def _middle(width: int, dtype: str) -> list[nn.Module]:
-  return [part.Residual(width, dtype, name='middle_0'), part.Attention(dtype, name='middle_1'),
-          part.Residual(width, dtype, name='middle_2')]
-
-
 class Encoder(nn.Module):
   cfg: VAEConfig
 
@@ -105,8 +89,8 @@ class Encoder(nn.Module):
         layers.append(part.Residual(width, cfg.dtype, name=f'downsamples_{len(layers)}'))
       if temporal is not None:
         layers.append(part.Down(temporal, cfg.dtype, name=f'downsamples_{len(layers)}'))
-    layers += _middle(widths[-1], cfg.dtype)
-    return _through(layers, (cfg.dim, 2 * cfg.z_dim), cfg.dtype, x, past)
+    layers += part.middle(widths[-1], cfg.dtype)
+    return part.through(layers, (cfg.dim, 2 * cfg.z_dim), cfg.dtype, x, past)
 
 
 class Decoder(nn.Module):
@@ -121,8 +105,8 @@ class Decoder(nn.Module):
         layers.append(part.Residual(width, cfg.dtype, name=f'upsamples_{len(layers)}'))
       if temporal is not None:
         layers.append(part.Up(temporal, cfg.dtype, name=f'upsamples_{len(layers)}'))
-    layers = _middle(widths[0], cfg.dtype) + layers
-    return _through(layers, (widths[0], 3), cfg.dtype, x, past)
+    layers = part.middle(widths[0], cfg.dtype) + layers
+    return part.through(layers, (widths[0], 3), cfg.dtype, x, past)
 
 
 class VAE(nn.Module):
@@ -298,10 +282,10 @@ def _empty(call, cfg: VAEConfig, shape: tuple[int, ...]) -> PyTree:
 
 
 def init_decode_cache(cfg: VAEConfig, batch: int, h: int, w: int) -> PyTree:
-  """What `decode_chunk` carries for latents of h by w: two frames, in `cfg.dtype`, a convolution."""
+  """What `decode_chunk` carries for latents of h by w: two frames a convolution, all zeros."""
   return _empty(decode_chunk, cfg, (batch, 1, h, w, cfg.z_dim))
 
 
 def init_encode_cache(cfg: VAEConfig, batch: int, h: int, w: int) -> PyTree:
-  """What `encode_chunk` carries for frames of h by w pixels."""
+  """What `encode_chunk` carries for frames of h by w pixels, all zeros."""
   return _empty(encode_chunk, cfg, (batch, 1, h, w, 3))

@@ -1,7 +1,7 @@
 """The layers of the Wan VAE, each `(x, past) -> (y, past)` over `[b t h w c]`.
 
-`past` is what a layer must remember of its earlier inputs, under its own name: None is the start of a clip,
-with zeros before it. A whole clip is one chunk that starts with None; streaming carries the past on.
+`past` is what a layer must remember of its earlier inputs: None is the start of a clip, with zeros
+before it. A whole clip is one chunk that starts with None; streaming carries the past on.
 """
 
 import jax
@@ -34,19 +34,16 @@ class Norm(nn.Module):
     return jnp.einsum('...c,c->...c', x32, gamma.astype(jnp.float32)).astype(self.dtype)
 
 
-@jax.checkpoint
-def _stacked_conv(frames, kernel):
-  # Recomputed for the gradient: the stack is three times as large as what it is made of.
-  return jax.lax.conv_general_dilated(
-      jnp.concatenate(frames, axis=-1), rearrange(kernel, 't h w i o -> h w (t i) o'), (1, 1),
-      'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+def _conv2d(x, kernel):
+  y = jax.lax.conv_general_dilated(rearrange(x, 'b t h w c -> (b t) h w c'), kernel, (1, 1), 'SAME',
+                                   dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+  return rearrange(y, '(b t) h w c -> b t h w c', b=x.shape[0])
 
 
 class VideoConv(nn.Module):
   """A convolution over three frames, unpadded in time and zero-padded in space.
 
-  The frames are stacked along the channels for one 2-D convolution, which on a CPU is several times as
-  fast as the 3-D one.
+  It is the sum of a 2-D convolution for each frame, on a CPU 3 to 6 times as fast as one in 3-D.
   """
 
   features: int
@@ -61,9 +58,8 @@ class VideoConv(nn.Module):
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
     x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
     last = x.shape[1] - 2
-    frames = [rearrange(x[:, k:last + k:self.stride], 'b t h w c -> (b t) h w c') for k in range(3)]
-    y = _stacked_conv(frames, kernel) + bias[None, None, None]
-    return rearrange(y, '(b t) h w c -> b t h w c', b=x.shape[0])
+    y = sum(_conv2d(x[:, k:last + k:self.stride], kernel[k]) for k in range(3))
+    return y + bias[None, None, None, None]
 
 
 def pointwise(features: int, dtype: str, name: str, dims: int = 3) -> nn.Conv:
@@ -154,3 +150,22 @@ class Up(nn.Module):
       x = jnp.concatenate(parts, axis=1)
     x = repeat(x, 'b t h w c -> b t (h up) (w across) c', up=2, across=2)
     return nn.Conv(width // 2, (3, 3), dtype=self.dtype, name='resample_1')(x), new
+
+
+def middle(width: int, dtype: str) -> list[nn.Module]:
+  """The layers at the coarsest resolution."""
+  return [Residual(width, dtype, name='middle_0'), Attention(dtype, name='middle_1'),
+          Residual(width, dtype, name='middle_2')]
+
+
+def through(layers: list[nn.Module], widths: tuple[int, int], dtype: str, x, past):
+  """The first convolution, every layer in turn, and the head."""
+  new = {}
+  conv = VideoConv(widths[0], dtype, name='conv1')
+  x, new['conv1'] = causal(conv, x, recall(past, 'conv1'))
+  for layer in layers:
+    x, new[layer.name] = layer(x, recall(past, layer.name))
+  x = jax.nn.silu(Norm(dtype, name='head_0')(x))
+  conv = VideoConv(widths[1], dtype, name='head_2')
+  x, new['head_2'] = causal(conv, x, recall(past, 'head_2'))
+  return x, new
