@@ -62,6 +62,7 @@ class Recipe:
   schedule: Schedule | None = None
   losses: Mapping | None = None
   dmd: DMDConfig | None = None
+  l1_weight: float | None = None
   kl_weight: float | None = None
   text_dropout: float | None = None
   flow_shift: float | None = None
@@ -92,7 +93,7 @@ def build(config: ConfigDict) -> Recipe:
   if 'losses' in config:
     fields['losses'] = dict(config.losses)
     fields['dmd'] = DMDConfig(**config.dmd)
-  for name in ('kl_weight', 'text_dropout', 'flow_shift'):
+  for name in ('l1_weight', 'kl_weight', 'text_dropout', 'flow_shift'):
     if name in config:
       fields[name] = config[name]
   return Recipe(**fields)

@@ -167,7 +167,9 @@ def vae_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple[Tr
   video = to_unit(batch['video'])
 
   def loss_fn(params):
-    per_example, aux = vae_loss(params, video, shared, recipe.vae, kl_weight=recipe.kl_weight)
+    per_example, aux = vae_loss(
+      params, video, shared, recipe.vae, l1_weight=recipe.l1_weight, kl_weight=recipe.kl_weight
+    )
     return per_example.mean(), aux | {'loss': per_example}
 
   grads, aux = jax.grad(loss_fn, has_aux=True)(state.params['vae'])

@@ -17,9 +17,9 @@ def _per_example(x):
 
 def vae_loss(
     params: PyTree, video: Float[Array, 'b t h w 3'], key: PRNGKeyArray, cfg: vae.VAEConfig, *,
-    kl_weight: float
+    l1_weight: float, kl_weight: float
 ) -> tuple[Float[Array, 'b'], dict[str, Float[Array, 'b']]]:
-  """mean |x' - x| + mean (x' - x)^2 + kl_weight * KL, x' decoded from a sample of the posterior.
+  """mean (x' - x)^2 + l1_weight * mean |x' - x| + kl_weight * KL, x' decoded from a sample of the posterior.
 
   KL to the unit normal is (mu^2 + exp(v) - 1 - v) / 2, averaged over all latent numbers (Kingma and
   Welling, arXiv:1312.6114, appendix B); v is the log-variance, clipped to [-30, 20].
@@ -29,6 +29,7 @@ def vae_loss(
     video: pixels in [-1, 1], 1 + 4n frames.
     key: one for the batch.
     cfg: sizes.
+    l1_weight: sharpens; much of it drops small things on a plain ground, whose median is the ground.
     kl_weight: small, such as 1e-4, so that latents are bounded and no more.
 
   Returns:
@@ -40,7 +41,7 @@ def vae_loss(
   error = vae.decode_raw(params, sample, cfg) - video
   kl = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1 - logvar)
   l1, mse, kl = (_per_example(x) for x in (jnp.abs(error), jnp.square(error), kl))
-  return l1 + mse + kl_weight * kl, {'l1': l1, 'mse': mse, 'kl': kl}
+  return mse + l1_weight * l1 + kl_weight * kl, {'l1': l1, 'mse': mse, 'kl': kl}
 
 
 def fold_statistics(params: PyTree, mean: Float[Array, 'z'], std: Float[Array, 'z']) -> PyTree:

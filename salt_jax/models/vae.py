@@ -140,7 +140,10 @@ def param_shapes(cfg: VAEConfig) -> dict:
 
 
 def init_params(key: PRNGKeyArray, cfg: VAEConfig) -> dict:
-  """Random float32 parameters: each convolution keeps the variance, attention starts as nothing."""
+  """Random float32 parameters: each convolution keeps the variance, attention starts as nothing.
+
+  The posterior starts narrow (log-variance -6): noise as wide as the signal would hide it from the decoder at first.
+  """
   leaves, tree = jax.tree_util.tree_flatten_with_path(param_shapes(cfg))
   ends = np.cumsum([leaf.size for _, leaf in leaves])
   # One draw, kept whole by the barrier: XLA takes most of a minute to compile a hundred.
@@ -153,6 +156,8 @@ def _initial(path, noise):
   name, above = path[-1].key, path[-2].key
   if name == 'gamma':
     return jnp.ones_like(noise)
+  if [key.key for key in path] == ['conv1', 'bias']:
+    return jnp.where(jnp.arange(noise.size) < noise.size // 2, 0.0, -6.0)
   if name == 'bias' or above == 'proj':
     return jnp.zeros_like(noise)
   return noise * (noise.size // noise.shape[-1]) ** -0.5

@@ -20,7 +20,7 @@ def recall(past: dict | None, name: str):
 
 
 class Norm(nn.Module):
-  """x / |x| over channels, times sqrt(C) and gamma; in float32 (wan.md 3.2)."""
+  """x / |x| over channels, times sqrt(C) and gamma; in float32."""
 
   dtype: str
 
@@ -110,7 +110,7 @@ class Attention(nn.Module):
 
 
 class Down(nn.Module):
-  """Halves space, then time if asked; the first frame of a clip skips the latter (wan.md 3.3)."""
+  """Halves space, then time if asked; the first frame of a clip skips the latter."""
 
   temporal: bool
   dtype: str
@@ -129,7 +129,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-  """Doubles time if asked, then space, and halves the channels (wan.md 3.3).
+  """Doubles time if asked, then space, and halves the channels.
 
   The first frame of a clip is not doubled, and counts as zeros to those behind it.
   """
