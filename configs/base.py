@@ -125,6 +125,7 @@ def common(name: str, stage: str, size: str, total_steps: int, batch: int) -> Co
       checkpoint=dict(every=max(1, total_steps // 5), keep=2),  # in steps; kept checkpoints
       log=dict(every=10),
       export_dtype='float16' if size == 'nano' else 'float32',
+      shard_min_size=2**16,  # smaller arrays stay whole under the fsdp rule
       workers=0,  # data processes; 0 renders in threads
       **sharding(size),
     )

@@ -11,7 +11,7 @@ Runs `python -m salt_jax.main` with these flags in the project's folder.
   PYTHON=...  the interpreter; by default .venv/bin/python where it exists, else python3
 
 example: launch/local.sh --config=configs/selfforcing.py:nano --workdir=runs/nano
-         DEVICES=8 launch/local.sh --config=configs/dmd.py:nano --workdir=runs/eight
+         DEVICES=8 launch/local.sh --config=configs/selfforcing.py:nano --workdir=runs/eight
 HELP
 }
 

@@ -76,9 +76,9 @@ def _new(params, optimizers, averaged) -> TrainState:
   )
 
 
-def with_shardings(shapes: PyTree, mesh, rules) -> tuple[PyTree, PyTree]:
+def with_shardings(shapes: PyTree, mesh, config) -> tuple[PyTree, PyTree]:
   """(shapes that know their sharding, the shardings): what restoring and jitting need."""
-  placed = sharding.shardings(shapes, mesh, rules)
+  placed = sharding.shardings(shapes, mesh, config.rules, config.shard_min_size)
   structs = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed
   )

@@ -20,7 +20,7 @@ from salt_jax.metrics import Progress, Writer, assert_finite, param_count
 log = logging.getLogger(__name__)
 
 # What a later start of the same run may set differently.
-FREE = ('total_steps', 'checkpoint', 'log', 'evaluate', 'workers', 'mesh', 'rules', 'weights')
+FREE = ('total_steps', 'checkpoint', 'log', 'evaluate', 'workers', 'mesh', 'rules', 'weights', 'shard_min_size')
 
 
 def run(config: ConfigDict, workdir: str) -> dict[str, int]:
@@ -43,7 +43,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, int]:
   stage = stages.build(config, rec, workdir)
 
   shapes = states.shapes_of(stage.shapes, rec.optimizers, stage.averaged)
-  like, placed = states.with_shardings(shapes, mesh, config.rules)
+  like, placed = states.with_shardings(shapes, mesh, config)
   checkpoints = Checkpoints(
     os.path.join(workdir, 'checkpoints'), config.checkpoint.every, config.checkpoint.keep
   )
@@ -57,7 +57,8 @@ def run(config: ConfigDict, workdir: str) -> dict[str, int]:
     if start
     else states.create(stage.start(), rec.optimizers, stage.averaged, placed)
   )
-  frozen = states.place(stage.frozen, sharding.shardings(stage.frozen, mesh, config.rules))
+  _, frozen_placed = states.with_shardings(stage.frozen, mesh, config)
+  frozen = states.place(stage.frozen, frozen_placed)
   log.info(
     '%s: %s parameters in training, %s frozen, on %d %s; step %d of %d',
     config.name,

@@ -49,13 +49,15 @@ def pixels(seed, *shape):
   return np.tanh(normal(seed, *shape))
 
 
-encode = jax.jit(vae.encode, static_argnums=2)
-posterior = jax.jit(vae.posterior, static_argnums=2)
-decode = jax.jit(vae.decode, static_argnums=2)
-decode_raw = jax.jit(vae.decode_raw, static_argnums=2)
-encode_chunk = jax.jit(vae.encode_chunk, static_argnums=(3, 4))
-decode_chunk = jax.jit(vae.decode_chunk, static_argnums=(3, 4))
-loss = jax.jit(functools.partial(vae_loss, kl_weight=0.3), static_argnums=3)
+# These run for milliseconds, so compile them quickly.
+jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+encode = jit(vae.encode, static_argnums=2)
+posterior = jit(vae.posterior, static_argnums=2)
+decode = jit(vae.decode, static_argnums=2)
+decode_raw = jit(vae.decode_raw, static_argnums=2)
+encode_chunk = jit(vae.encode_chunk, static_argnums=(3, 4))
+decode_chunk = jit(vae.decode_chunk, static_argnums=(3, 4))
+loss = jit(functools.partial(vae_loss, l1_weight=0.7, kl_weight=0.3), static_argnums=3)
 
 
 def count(tree):
@@ -70,9 +72,9 @@ def test_full_size_is_the_published_one():
 
 
 def test_full_size_cache_is_two_frames_a_convolution():
-  cache = jax.eval_shape(lambda: vae.init_decode_cache(vae.wan_vae(), 1, 60, 104))
-  assert count(cache) == 944_286_720 and len(jax.tree.leaves(cache)) == 32
-  assert {x.shape[:2] for x in jax.tree.leaves(cache)} == {(1, 2)}
+  cache = jax.tree.leaves(jax.eval_shape(lambda: vae.init_decode_cache(vae.wan_vae(), 1, 60, 104)))
+  assert len(cache) == 32 and count(cache) == 944_286_720
+  assert {x.shape[:2] for x in cache} == {(1, 2)}
 
 
 @pytest.mark.parametrize('frames, latents', [(1, 1), (5, 2), (9, 3), (81, 21)])
@@ -109,13 +111,13 @@ def test_a_config_that_does_not_fit_itself_is_refused(change):
 
 def influence(call, x, cfg):
   """`[output frame, input frame]`: the largest gradient of a random mixture of each output frame."""
-  outputs = jax.eval_shape(lambda: call(tiny_params(), x, cfg)).shape
-  mixture = normal(1, *outputs)
+  shape = jax.eval_shape(lambda: call(tiny_params(), x, cfg)).shape
+  mixture = normal(1, *shape)
 
   def one(frame):
     return jax.grad(lambda x: (call(tiny_params(), x, cfg) * mixture)[:, frame].sum())(x)
 
-  gradients = jax.jit(jax.vmap(one))(jnp.arange(outputs[1]))
+  gradients = jit(jax.vmap(one))(jnp.arange(shape[1]))
   return np.asarray(jnp.abs(gradients).max(axis=(1, 3, 4, 5)))
 
 
@@ -142,10 +144,10 @@ def test_attention_keeps_frames_apart():
   np.testing.assert_allclose(whole, np.concatenate(alone, axis=1), rtol=0, atol=1e-5)
 
 
-def in_chunks(call, x, sizes, cache, cfg=TINY):
+def in_chunks(call, x, sizes, cache, params=None):
   parts, shapes, at = [], jax.eval_shape(lambda: cache), 0
   for size in sizes:
-    part, cache = call(tiny_params(), x[:, at:at + size], cache, cfg, at == 0)
+    part, cache = call(params or tiny_params(), x[:, at:at + size], cache, TINY, at == 0)
     assert jax.eval_shape(lambda cache=cache: cache) == shapes
     parts.append(part)
     at += size
@@ -153,26 +155,26 @@ def in_chunks(call, x, sizes, cache, cfg=TINY):
   return np.concatenate(parts, axis=1)
 
 
-@pytest.mark.parametrize('sizes', [(1, 1, 1, 1, 1, 1), (3, 1, 1, 1), (1, 3, 2), (2, 2, 2)])
+@pytest.mark.parametrize('sizes', [(1, 1, 1, 1), (2, 1, 1), (1, 3)])
 def test_streamed_video_is_the_whole_video(sizes):
-  z = normal(0, 2, 6, 2, 4, 16, scale=0.5)
+  z = normal(0, 2, 4, 2, 3, 16, scale=0.5)
   whole = decode(tiny_params(), z, TINY)
   # Clamped pixels agree by themselves.
-  assert whole.shape == (2, 21, 16, 32, 3) and (np.abs(whole) < 1).mean() > 0.5
-  got = in_chunks(decode_chunk, z, sizes, vae.init_decode_cache(TINY, 2, 2, 4))
+  assert whole.shape == (2, 13, 16, 24, 3) and (np.abs(whole) < 1).mean() > 0.5
+  got = in_chunks(decode_chunk, z, sizes, vae.init_decode_cache(TINY, 2, 2, 3))
   np.testing.assert_allclose(got, whole, **EXACT)
 
 
-@pytest.mark.parametrize('sizes', [(1, 4, 4, 4), (5, 8), (9, 4)])
+@pytest.mark.parametrize('sizes', [(1, 4, 4), (5, 4)])
 def test_streamed_latents_are_the_whole_latents(sizes):
-  x = pixels(0, 2, 13, 8, 16, 3)
-  got = in_chunks(encode_chunk, x, sizes, vae.init_encode_cache(TINY, 2, 8, 16))
+  x = pixels(0, 2, 9, 16, 24, 3)
+  got = in_chunks(encode_chunk, x, sizes, vae.init_encode_cache(TINY, 2, 16, 24))
   np.testing.assert_allclose(got, encode(tiny_params(), x, TINY), **EXACT)
 
 
 def test_a_first_chunk_forgets_the_video_before():
-  z = normal(0, 1, 1, 2, 2, 16)
-  clean = vae.init_decode_cache(TINY, 1, 2, 2)
+  z = normal(0, 2, 1, 2, 3, 16)
+  clean = vae.init_decode_cache(TINY, 2, 2, 3)
   spoilt = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), clean)
   got, want = (decode_chunk(tiny_params(), z, cache, TINY, True) for cache in (spoilt, clean))
   jax.tree.map(np.testing.assert_array_equal, got, want)
@@ -181,7 +183,7 @@ def test_a_first_chunk_forgets_the_video_before():
 @functools.cache
 def oracle():
   """diffusers' VAE with every parameter random, and the same parameters here."""
-  model = AutoencoderKLWan(base_dim=4).eval()
+  model = AutoencoderKLWan(base_dim=TINY.dim, num_res_blocks=TINY.num_res_blocks).eval()
   rng = np.random.default_rng(0)
   for name, x in model.named_parameters():
     noise = rng.standard_normal(tuple(x.shape), np.float32)
@@ -189,8 +191,7 @@ def oracle():
     noise = noise * np.prod(x.shape[1:]) ** -0.5 if kernel else gamma + 0.2 * noise
     x.data = torch.tensor(noise, dtype=torch.float32)
   tensors = {name: x.numpy() for name, x in model.state_dict().items()}
-  params = convert.from_wan(convert.rename(tensors, 'vae', source='diffusers'), 'vae')
-  return model, params, dataclasses.replace(vae.wan_vae(), dim=4)
+  return model, convert.from_wan(convert.rename(tensors, 'vae', source='diffusers'), 'vae')
 
 
 def to_torch(x):
@@ -203,56 +204,53 @@ def from_torch(x):
 
 @torch.no_grad()
 def test_posterior_is_diffusers():
-  model, params, cfg = oracle()
+  model, params = oracle()
   x = pixels(3, 2, 9, 16, 24, 3)
   want = model.encode(to_torch(x)).latent_dist
-  mean, logvar = posterior(params, x, cfg)
+  mean, logvar = posterior(params, x, TINY)
   # Unit-scale numbers in float32 on both sides; 2e-6 measured.
   np.testing.assert_allclose(mean, from_torch(want.mean), **EXACT)
   np.testing.assert_allclose(logvar, from_torch(want.logvar), **EXACT)
   mean, std = model.config.latents_mean, model.config.latents_std
   want = (from_torch(want.mean) - np.float32(mean)) / np.float32(std)
-  np.testing.assert_allclose(encode(params, x, cfg), want, **EXACT)
+  np.testing.assert_allclose(encode(params, x, TINY), want, **EXACT)
 
 
-@pytest.mark.parametrize('sizes', [(4,), (1, 3), (3, 1)])
 @torch.no_grad()
-def test_decoded_video_is_diffusers(sizes):
-  model, params, cfg = oracle()
+def test_decoded_video_is_diffusers():
+  model, params = oracle()
   z = normal(4, 2, 4, 2, 3, 16, scale=0.3)
   raw = z * np.float32(vae.WAN_STD) + np.float32(vae.WAN_MEAN)
   want = from_torch(model.decode(to_torch(raw)).sample)
   assert want.shape == (2, 13, 16, 24, 3) and (np.abs(want) < 1).mean() > 0.5
-  cache, parts = vae.init_decode_cache(cfg, 2, 2, 3), []
-  for part in np.split(z, np.cumsum(sizes)[:-1], axis=1):
-    video, cache = decode_chunk(params, part, cache, cfg, not parts)
-    parts.append(video)
-  np.testing.assert_allclose(np.concatenate(parts, axis=1), want, **EXACT)
+  np.testing.assert_allclose(decode(params, z, TINY), want, **EXACT)
+  got = in_chunks(decode_chunk, z, (1, 3), vae.init_decode_cache(TINY, 2, 2, 3), params)
+  np.testing.assert_allclose(got, want, **EXACT)
 
 
 def test_start_is_lively_and_keys_count():
-  params = jax.jit(vae.init_params, static_argnums=1)(jax.random.key(0), TINY)
+  params = jit(vae.init_params, static_argnums=1)(jax.random.key(0), TINY)
   jax.tree.map(lambda x, like: np.testing.assert_equal(x.shape, like.shape),
                params, vae.param_shapes(TINY))
-  mean, logvar = posterior(params, pixels(0, 1, 9, 16, 16, 3), TINY)
-  assert 0.1 < mean.std() < 2 and 0.1 < logvar.std() < 2
-  assert 0.1 < decode_raw(params, normal(0, 1, 3, 2, 2, 16), TINY).std() < 2
+  mean, logvar = posterior(params, pixels(0, 2, 5, 8, 8, 3), TINY)
+  assert 0.1 < mean.std() < 2 and -7 < logvar.mean() < -5
+  assert 0.1 < decode_raw(params, normal(0, 2, 2, 1, 1, 16), TINY).std() < 2
   kernels = [np.ravel(x)[0] for path, x in jax.tree_util.tree_leaves_with_path(params)
              if path[-1].key == 'kernel' and path[-2].key != 'proj']
   assert len(set(map(float, kernels))) == len(kernels)
 
 
-def test_gradient_of_black_frames_is_finite():
-  params = vae.init_params(jax.random.key(0), TINY)
-  # With zero biases every activation is 0, where the root of a norm has no slope.
-  grads = jax.jit(jax.grad(lambda p: vae.posterior(p, jnp.zeros((1, 5, 8, 8, 3)), TINY)[0].sum()))
-  assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads(params)))
+def test_norm_has_a_gradient_at_zero():
+  norm, x = vae_layers.Norm('float32'), jnp.zeros((1, 1, 1, 1, 4))
+  variables = norm.init(jax.random.key(0), x)
+  # A root of the square would give NaN; the original's bound on the root gives a finite slope.
+  assert np.isfinite(jax.grad(lambda x: norm.apply(variables, x).sum())(x)).all()
 
 
 def test_bfloat16_follows_float32():
   cfg = dataclasses.replace(TINY, dtype='bfloat16')
-  z = normal(0, 1, 3, 2, 2, 16)
-  got, cache = decode_chunk(tiny_params(), z, vae.init_decode_cache(cfg, 1, 2, 2), cfg, True)
+  z = normal(0, 2, 4, 2, 3, 16)
+  got, cache = decode_chunk(tiny_params(), z, vae.init_decode_cache(cfg, 2, 2, 3), cfg, True)
   assert got.dtype == jnp.float32 and {x.dtype.name for x in jax.tree.leaves(cache)} == {'bfloat16'}
   # 8 bits of mantissa, 2^-9 a rounding, over some 30 layers: a few percent.
   assert np.sqrt(np.mean((got - decode(tiny_params(), z, TINY)) ** 2)) < 0.05
@@ -273,7 +271,8 @@ def test_loss_is_its_formula():
   # Float32 means of unit-scale numbers.
   for name in want:
     np.testing.assert_allclose(parts[name], want[name], rtol=1e-4, err_msg=name)
-  np.testing.assert_allclose(got, want['l1'] + want['mse'] + 0.3 * want['kl'], rtol=1e-4)
+  total = want['mse'] + 0.7 * want['l1'] + 0.3 * want['kl']
+  np.testing.assert_allclose(got, total, rtol=1e-4)
 
 
 @pytest.mark.parametrize('logvar, clipped', [(1e4, 20), (-1e4, -30)])
@@ -281,24 +280,23 @@ def test_loss_clips_the_logarithm(logvar, clipped):
   bias = np.concatenate([np.zeros(16), np.full(16, logvar)]).astype(np.float32)
   kernel = np.zeros((1, 1, 1, 32, 32), np.float32)
   params = tiny_params() | {'conv1': {'kernel': kernel, 'bias': bias}}
-  got, parts = loss(params, pixels(0, 1, 1, 8, 8, 3), jax.random.key(0), TINY)
+  got, parts = loss(params, pixels(0, 2, 5, 8, 8, 3), jax.random.key(0), TINY)
   assert np.isfinite(got).all()
   np.testing.assert_allclose(parts['kl'], 0.5 * (np.exp(clipped) - 1 - clipped), rtol=1e-5)
 
 
 def test_folded_statistics_normalise_and_change_nothing_else():
-  cfg = dataclasses.replace(TINY, latent_mean=(0.0,) * 16, latent_std=(1.0,) * 16)
-  x = pixels(0, 4, 5, 16, 16, 3)
-  mean, logvar = posterior(tiny_params(), x, cfg)
+  x = pixels(0, 2, 9, 16, 24, 3)
+  mean, logvar = posterior(tiny_params(), x, TINY)
   axes = (0, 1, 2, 3)
   folded = fold_statistics(tiny_params(), mean.mean(axes), mean.std(axes))
-  z, folded_logvar = posterior(folded, x, cfg)
+  z, folded_logvar = posterior(folded, x, TINY)
   np.testing.assert_allclose(z.mean(axes), np.zeros(16), atol=1e-5)
   np.testing.assert_allclose(z.std(axes), np.ones(16), rtol=1e-5)
   # A sample at the same noise is the same point of the old space, hence the same video.
   for deviations in (0, 1.5):
-    old = decode_raw(tiny_params(), mean + deviations * jnp.exp(logvar / 2), cfg)
-    new = decode_raw(folded, z + deviations * jnp.exp(folded_logvar / 2), cfg)
+    old = decode_raw(tiny_params(), mean + deviations * jnp.exp(logvar / 2), TINY)
+    new = decode_raw(folded, z + deviations * jnp.exp(folded_logvar / 2), TINY)
     # Rounding of latents as large as 5 through the decoder.
     np.testing.assert_allclose(new, old, rtol=0, atol=1e-4)
 

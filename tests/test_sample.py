@@ -1,0 +1,84 @@
+"""Sampling: streams equal whole clips, noise belongs to the clip, the program writes what it says."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from salt_jax import recipe, sample, stages, video
+from salt_jax import weights as files
+from tests import tiny_config
+
+ROOT = pathlib.Path(__file__).parents[1]
+PROMPTS = ['a red sneaker moves left', 'a blue bag moves up']
+
+
+@pytest.fixture(scope='module')
+def world(tmp_path_factory):
+  """(config, recipe, frozen, student, (ids, mask, index)) of random tiny networks."""
+  folder = tiny_config.write_weights(str(tmp_path_factory.mktemp('weights')))
+  config = tiny_config.get_config(folder)
+  rec = recipe.build(config)
+  frozen = stages.serving(config, rec, 'text', 'vae', 'teacher')
+  ids, mask = stages.tokenizer(config, rec)(PROMPTS)
+  student = files.load(config.weights.student, 'dit', rec.model)
+  return config, rec, frozen, student, (ids, mask, np.arange(2, dtype=np.int32))
+
+
+@pytest.mark.parametrize('window', [0, 5])
+def test_a_stream_equals_the_whole_clip(world, window):
+  config, _, frozen, student, batch = world
+  with config.unlocked():
+    config.rollout.window = window
+  rec = recipe.build(config)
+  whole = sample.decoder(rec, frozen['vae'])(sample.student(rec, frozen)(student, 2)(*batch))
+  parts = list(sample.stream(rec, student, frozen, frozen['vae'], batch, 2))
+  assert [p.shape[1] for p in parts] == [9, 12]
+  streamed = np.concatenate(parts, axis=1)
+  assert streamed.shape == whole.shape == (2, 21, 32, 32, 3)
+  # float32 rounding may tip a pixel over to the next of 256 levels.
+  assert np.abs(streamed.astype(int) - whole).max() <= 1
+  assert whole.std() > 5, 'the clip is blank'
+
+
+def test_the_noise_of_a_clip_is_its_own(world):
+  _, rec, frozen, student, (ids, mask, index) = world
+  few = sample.student(rec, frozen)(student, 2)
+  both = few(ids, mask, index)
+  alone = few(ids[1:], mask[1:], index[1:])
+  np.testing.assert_allclose(both[1:], alone, atol=1e-4)
+  other = few(ids[1:], mask[1:], index[1:] + 1)
+  assert np.abs(other - alone).max() > 0.1
+
+
+def test_more_steps_and_other_prompts_change_the_clip_but_not_the_program(world):
+  _, rec, frozen, student, (ids, mask, index) = world
+  few = sample.student(rec, frozen)
+  two, four = few(student, 2)(ids, mask, index), few(student, 4)(ids, mask, index)
+  swapped = few(student, 2)(ids[::-1], mask[::-1], index)
+  assert np.abs(two - four).max() > 1e-3 and np.abs(two - swapped).max() > 1e-3
+
+
+def test_guidance_of_one_is_the_conditional_model(world):
+  config, rec, frozen, _, batch = world
+  shape = recipe.latent_shape(config)
+  one = sample.teacher(rec, rec.teacher, frozen, shape, 1.0)(frozen['teacher'], 3, 5.0)(*batch)
+  near = sample.teacher(rec, rec.teacher, frozen, shape, 1.0 + 1e-6)(frozen['teacher'], 3, 5.0)(*batch)
+  far = sample.teacher(rec, rec.teacher, frozen, shape, 4.0)(frozen['teacher'], 3, 5.0)(*batch)
+  np.testing.assert_allclose(one, near, atol=1e-3)
+  assert np.abs(one - far).max() > 1e-2
+
+
+def test_the_program_writes_a_video(world, tmp_path):
+  config, rec, _, student, _ = world
+  path = files.export(str(tmp_path), 'generator', student, config)
+  out = tmp_path / 'out.webp'
+  command = [sys.executable, '-m', 'salt_jax.sample', f'--checkpoint={path}', f'--prompt={PROMPTS[0]}', '--steps=2']
+  done = subprocess.run(
+      [*command, f'--output={out}', '--stream'], cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=300
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  assert '9 frames after' in done.stderr and video.read_webp(str(out)).shape == (21, 32, 32, 3)

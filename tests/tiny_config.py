@@ -1,0 +1,70 @@
+"""A config file that trains tiny networks on 21 frames of 32x32 pixels; the argument is the folder of their weights.
+
+  python -m salt_jax.main --config=tests/tiny_config.py:FOLDER
+"""
+
+import os
+
+import jax
+import numpy as np
+
+from configs import causal_init, pretrain, selfforcing
+from salt_jax import convert, weights
+from salt_jax.models import text, vae, wan
+
+DIT = dict(dim=32, ffn_dim=48, heads=2, layers=2, text_dim=64, text_len=16, dtype='float32', remat=True)
+
+
+def shrink(config, folder):
+  for name in ('model', 'teacher'):
+    if name in config:
+      config[name].update(DIT)
+  config.vae.update(dim=4, num_res_blocks=1)
+  config.video.update(frames=21, height=32, width=32)
+  if 'rollout' in config:
+    config.rollout.update(frames=6, chunk=3)
+  if 'weights' in config:
+    config.weights.update({name: f'{folder}/{name}.safetensors' for name in config.weights})
+  config.evaluate.clips = 0
+  config.batch = 8
+  config.export_dtype = 'float32'
+  config.log.every = 1
+  return config
+
+
+def get_config(folder):
+  config = shrink(selfforcing.get_config('nano'), folder)
+  config.total_steps = 6
+  config.generator_every = 2
+  config.checkpoint.update(every=2, keep=4)
+  return config
+
+
+def stage(name, folder):
+  """A config of another stage."""
+  make = {'vae': pretrain, 'teacher': pretrain, 'ode': causal_init}[name]
+  config = shrink(make.get_config('nano' if name == 'ode' else name), folder)
+  config.total_steps = 2
+  return config
+
+
+def write_weights(folder):
+  """Random networks in files, as a stage expects them."""
+  config = get_config(folder)
+  cfgs = {
+      'vae': vae.VAEConfig(**{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in config.vae.items()}),
+      'text': text.TextConfig(**config.text),
+      **{name: wan.WanConfig(**config.model) for name in ('teacher', 'init', 'student')},
+  }
+  for seed, (name, cfg) in enumerate(cfgs.items()):
+    network = weights.NETWORKS.get(name, 'dit')
+    rng = np.random.default_rng(seed)
+
+    def noisy(path, x, rng=rng):
+      centre = 1.0 if path[-1].key in ('weight', 'gamma') else 0.0
+      spread = x.shape[-2] ** -0.5 if path[-1].key == 'kernel' else 0.1
+      return (centre + spread * rng.standard_normal(x.shape)).astype(np.float32)
+
+    params = jax.tree_util.tree_map_with_path(noisy, weights.shapes(network, cfg))
+    convert.save_params(os.path.join(folder, f'{name}.safetensors'), params, network)
+  return folder
