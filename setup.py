@@ -10,8 +10,11 @@ setuptools.setup(
   python_requires='>=3.11',
   packages=setuptools.find_packages(include=['salt_jax', 'salt_jax.*']),
   package_data={
-    'salt_jax': [f'assets/{place}*.{kind}' for place in ('', '**/')
-                 for kind in ('npz', 'safetensors', 'json', 'md', 'txt')],
+    'salt_jax': [
+      f'assets/{place}*.{kind}'
+      for place in ('', '**/')
+      for kind in ('npz', 'safetensors', 'json', 'md', 'txt')
+    ],
   },
   install_requires=[
     'absl-py>=2.1',  # flags and logging

@@ -1,17 +1,27 @@
 """How every program of the package starts and how it refuses."""
 
+import difflib
 import logging
+import os
+import re
 import sys
 from collections.abc import Callable
 
 from absl import app, flags
 from absl import logging as absl_logging
+from ml_collections import ConfigDict, config_flags
 
 from salt_jax.errors import InputError
 
+_REWORDED = {
+  'invalid literal for int() with base 10: ': 'a whole number is needed, not ',
+  'could not convert string to float: ': 'a number is needed, not ',
+  "('Non-boolean argument to boolean flag', ": 'true or false is needed, not (',
+}
 
-def run(program: Callable[[], None]) -> None:
-  """Parses the flags and runs; what the user can mend ends in one sentence and exit code 2."""
+
+def run(program: Callable[[], None], define: Callable[[], None] = lambda: None) -> None:
+  """Defines and parses the flags and runs; what the user can mend ends in one sentence and exit code 2."""
 
   def guarded(argv):
     try:
@@ -23,25 +33,84 @@ def run(program: Callable[[], None]) -> None:
       sys.exit(_refuse(error))
 
   def parse(argv):
-    # A config file runs while its flag is parsed, so whatever it refuses arrives here.
+    # Config files run and overrides are checked while flags are defined and parsed.
     try:
+      define()
       return flags.FLAGS(argv)
-    except (
-      flags.Error,
-      InputError,
-      KeyError,
-      AttributeError,
-      TypeError,
-      ValueError,
-      OSError,
-    ) as error:
+    except (flags.Error, InputError) as error:
+      if _is_crash(error):
+        raise
       sys.exit(_refuse(error))
 
   app.run(guarded, flags_parser=parse)
 
 
+def define_config(help_string: str, default: str | None = None) -> flags.FlagHolder[ConfigDict]:
+  """The flag --config=FILE.py[:ARGUMENT], and --config.KEY=VALUE for every key of what the file makes."""
+  holder = config_flags.DEFINE_config_file('config', None, help_string)
+  flag = flags.FLAGS['config']
+  flag.parser = _Experiment(flag.parser)
+  if default:
+    flags.set_default(holder, default)
+  return holder
+
+
+class _Experiment(flags.ArgumentParser):
+  """Loads a config file, and refuses what ml_collections would report without naming it."""
+
+  def __init__(self, loader: flags.ArgumentParser):
+    self._loader = loader
+
+  def parse(self, argument):
+    path = argument.partition(':')[0]
+    if not path.endswith('.py') or not os.path.isfile(path):
+      raise InputError(
+        f'--config={argument}: there is no config file {path} here; pass one such as configs/selfforcing.py:nano.'
+      )
+    config = self._loader.parse(argument)
+    for word in sys.argv[1:]:
+      if override := re.match(r'--?(?:no)?config\.([^=]*)', word):
+        _check_key(config, override[1])
+    return config
+
+  def flag_type(self):
+    return self._loader.flag_type()
+
+
+def _check_key(config: ConfigDict, path: str) -> None:
+  node = config
+  for depth, key in enumerate(parts := path.split('.')):
+    where = '.'.join(['config', *parts[:depth]])
+    if not isinstance(node, ConfigDict):
+      raise InputError(f'--config.{path}: {where} is a value without keys; set --{where} itself.')
+    if key not in node:
+      near = ', '.join(difflib.get_close_matches(key, list(node), n=4, cutoff=0))
+      raise InputError(f'--config.{path}: {where} has no key "{key}"; the nearest are {near}.')
+    node = node[key]
+  if isinstance(node, ConfigDict):
+    raise InputError(
+      f'--config.{path} is a section; set its keys, such as --config.{path}.{next(iter(node))}.'
+    )
+
+
+def _origin(error: BaseException) -> BaseException:
+  """The InputError that libraries wrapped, or the error itself."""
+  found, link = error, error
+  while link:
+    found = link if isinstance(link, InputError) else found
+    link = link.__cause__ or link.__context__
+  return found
+
+
+def _is_crash(error: BaseException) -> bool:
+  """A mistake in the code of a config file, which wants its traceback."""
+  return 'Traceback (most recent call last)' in str(_origin(error))
+
+
 def _refuse(error: Exception) -> int:
-  sentence = ' '.join(str(error.args[0] if error.args else error).split())
+  sentence = ' '.join(str(_origin(error)).split()).removeprefix('flag ')
+  for theirs, ours in _REWORDED.items():
+    sentence = sentence.replace(theirs, ours)
   print(f'salt_jax: {sentence}', file=sys.stderr)
   return 2
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jaxtyping import PyTree, UInt8
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from salt_jax import cli, clips, judge, recipe, sample, stages, video, weights
 from salt_jax.losses.reconstruction import fold_statistics
@@ -227,13 +227,11 @@ def shipped(config: ConfigDict, rec: Recipe, checkpoint: str | None) -> list[Met
 
 
 def define_flags() -> None:
-  config_flags.DEFINE_config_file(
-    'config', 'configs/selfforcing.py:nano', 'Sizes and weights of the nano world.'
-  )
+  cli.define_config('Sizes and weights of the nano world.', 'configs/selfforcing.py:nano')
   flags.DEFINE_string(
     'checkpoint', None, 'Workdir or exported file of a student to put beside the shipped ones.'
   )
-  flags.DEFINE_integer('clips', 64, 'Clips a row.')
+  flags.DEFINE_integer('clips', 64, 'Clips a row.', lower_bound=1)
   flags.DEFINE_enum(
     'split', 'seen', ['seen', 'unseen'], 'Held-out images in captions seen or not seen in training.'
   )
@@ -254,5 +252,4 @@ def program() -> None:
 
 
 if __name__ == '__main__':
-  define_flags()
-  cli.run(program)
+  cli.run(program, define_flags)

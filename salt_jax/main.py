@@ -8,14 +8,11 @@ import os
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
 from salt_jax import cli, train
 from salt_jax.errors import InputError
 
-_CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'Experiment, such as configs/selfforcing.py:nano.'
-)
+_CONFIG = cli.define_config('Experiment, such as configs/selfforcing.py:nano.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where the run lives; runs/NAME by default.')
 _MULTIHOST = flags.DEFINE_bool(
   'multihost', False, 'Join the other hosts of a slice before anything else.'

@@ -76,7 +76,11 @@ def latents(config: ConfigDict, rec: Recipe, folder: str) -> str:
     'mask': Field((length,), 'bool'),
   }
   clips = _from(
-    functools.partial(data.clips, frames=config.video.frames, size=config.video.height, length=length), batch, config
+    functools.partial(
+      data.clips, frames=config.video.frames, size=config.video.height, length=length
+    ),
+    batch,
+    config,
   )
   run = jax.jit(lambda p, video: vae.encode(p, to_unit(video), rec.vae).astype(jnp.float16))
 

@@ -163,7 +163,9 @@ def define_flags() -> None:
   flags.DEFINE_string('checkpoint', None, 'Workdir of a run, an exported file, or assets:NAME.')
   flags.DEFINE_multi_string('prompt', [], 'What to show; may be given several times.')
   flags.DEFINE_integer('steps', 4, f'Denoising steps a chunk, 1 to {MAX_STEPS}.')
-  flags.DEFINE_integer('seed', 0, 'Number of the first noise.')
+  flags.DEFINE_integer(
+    'seed', 0, 'Number of the first noise.', lower_bound=0, upper_bound=2**31 - 1000
+  )
   flags.DEFINE_string(
     'output', 'out.webp', 'File to write: .webp, .gif or .png; several prompts are numbered.'
   )
@@ -210,5 +212,4 @@ def program() -> None:
 
 
 if __name__ == '__main__':
-  define_flags()
-  cli.run(program)
+  cli.run(program, define_flags)

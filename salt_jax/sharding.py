@@ -128,7 +128,9 @@ def over_local_devices(batch: Any) -> Any:
   devices = jax.local_devices()
   rows = jax.tree.leaves(batch)[0].shape[0]
   if rows % len(devices):
-    raise InputError(f'a batch of {rows} cannot be split over {len(devices)} local devices: make it a multiple.')
+    raise InputError(
+      f'a batch of {rows} cannot be split over {len(devices)} local devices: make it a multiple.'
+    )
   mesh = Mesh(np.array(devices), ('rows',))
   return jax.device_put(batch, NamedSharding(mesh, PartitionSpec('rows')))
 

@@ -20,7 +20,17 @@ from salt_jax.metrics import Progress, Writer, assert_finite, param_count
 log = logging.getLogger(__name__)
 
 # What a later start of the same run may set differently.
-FREE = ('total_steps', 'checkpoint', 'log', 'evaluate', 'workers', 'mesh', 'rules', 'weights', 'shard_min_size')
+FREE = (
+  'total_steps',
+  'checkpoint',
+  'log',
+  'evaluate',
+  'workers',
+  'mesh',
+  'rules',
+  'weights',
+  'shard_min_size',
+)
 
 
 def run(config: ConfigDict, workdir: str) -> dict[str, int]:

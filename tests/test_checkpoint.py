@@ -18,8 +18,10 @@ from salt_jax.errors import InputError
 def _items(seed=0, side=48):
   # Large enough that values lie in files of their own and not in the index.
   keys = jax.random.split(jax.random.key(seed), 2)
-  params = {'blocks': {'kernel': jax.random.normal(keys[0], (side, side))},
-            'head': {'kernel': jax.random.normal(keys[1], (side, 8)).astype(jnp.bfloat16)}}
+  params = {
+    'blocks': {'kernel': jax.random.normal(keys[0], (side, side))},
+    'head': {'kernel': jax.random.normal(keys[1], (side, 8)).astype(jnp.bfloat16)},
+  }
   opt = optax.adamw(1e-3).init(params)
   return {'state': {'params': params, 'opt': opt, 'step': jnp.int32(seed)}, 'ema': params}
 
@@ -89,7 +91,7 @@ def _data_file(item):
 
 
 def _halve(path):
-  path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def _flip(path):
@@ -133,8 +135,9 @@ def test_damage_is_named_and_the_previous_step_lives(tmp_path, two_steps, damage
   assert sorted(path.name for path in tmp_path.iterdir()) == ['4', '9']
   shutil.rmtree(tmp_path / '9')
   checkpoints = checkpoint.Checkpoints(tmp_path)
-  _assert_identical(checkpoints.restore(checkpoints.latest_step(), _like(_items()))['state'],
-                    _items(4)['state'])
+  _assert_identical(
+    checkpoints.restore(checkpoints.latest_step(), _like(_items()))['state'], _items(4)['state']
+  )
 
 
 def test_only_checkpoint_damaged_means_starting_anew(tmp_path):
@@ -148,8 +151,11 @@ def test_another_size_is_named(two_steps):
   checkpoints = checkpoint.Checkpoints(two_steps)
   with pytest.raises(InputError) as error:
     checkpoints.restore(9, _like(_items(side=40)))
-  for words in (f'checkpoint {two_steps}/9 holds float32[48, 48] at', 'float32[40, 40]',
-                'pass the config it was trained with'):
+  for words in (
+    f'checkpoint {two_steps}/9 holds float32[48, 48] at',
+    'float32[40, 40]',
+    'pass the config it was trained with',
+  ):
     assert words in str(error.value)
   deeper = _items()['ema'] | {'tail': {'bias': jnp.ones(3)}}
   with pytest.raises(InputError, match='holds nothing at ema/tail/bias.*asks for float32'):
@@ -184,8 +190,9 @@ def test_fingerprint_sees_every_element_and_no_order(dtype):
 
 
 def _config():
-  config = ml_collections.ConfigDict({
-    'seed': 0, 'total_steps': 10, 'log': {'every': 5}, 'model': {'dims': (1, 2)}})
+  config = ml_collections.ConfigDict(
+    {'seed': 0, 'total_steps': 10, 'log': {'every': 5}, 'model': {'dims': (1, 2)}}
+  )
   config.model.seed = config.get_ref('seed')
   return config
 

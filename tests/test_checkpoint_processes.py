@@ -30,11 +30,14 @@ def like(tree, mesh):
 
 
 def _process(code, *arguments, devices=1):
-  env = os.environ | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
-                      'JAX_PLATFORMS': 'cpu'}
+  env = os.environ | {
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+    'JAX_PLATFORMS': 'cpu',
+  }
   command = [sys.executable, '-c', PIECES + textwrap.dedent(code), *map(str, arguments)]
-  return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE)
+  return subprocess.Popen(
+    command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+  )
 
 
 def _run(code, *arguments, devices=1):

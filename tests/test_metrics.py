@@ -51,11 +51,14 @@ def test_progress_leaves_the_compilation_out():
   progress = metrics.Progress(total=400, start=100, clock=lambda: next(times))
   assert progress.line(101, {'loss': 0.5}) == 'step 101/400  loss 0.5'
   assert progress.line(121, {'loss': 0.1234567}) == (
-    'step 121/400  2 step/s  left 2m20s  loss 0.1235')
+    'step 121/400  2 step/s  left 2m20s  loss 0.1235'
+  )
 
 
-@pytest.mark.parametrize('duration, text', [
-  (0.2, '0s'), (59.7, '1m00s'), (90, '1m30s'), (7500, '2h05m'), (273600, '3d04h')])
+@pytest.mark.parametrize(
+  'duration, text',
+  [(0.2, '0s'), (59.7, '1m00s'), (90, '1m30s'), (7500, '2h05m'), (273600, '3d04h')],
+)
 def test_seconds(duration, text):
   assert metrics.seconds(duration) == text
 
@@ -65,8 +68,8 @@ def test_non_finite_names_scalar_step_and_checkpoint():
   with pytest.raises(NonFiniteError) as error:
     metrics.assert_finite(12, {'loss': 1.0, 'critic/loss': jnp.nan}, 10, 'run/checkpoints')
   assert str(error.value) == (
-    'step 12: critic/loss is nan; stopped, the last good checkpoint is step 10 in '
-    'run/checkpoints.')
+    'step 12: critic/loss is nan; stopped, the last good checkpoint is step 10 in run/checkpoints.'
+  )
   with pytest.raises(InputError, match='loss is -inf; stopped, there is no checkpoint in run'):
     metrics.assert_finite(2, {'loss': float('-inf')}, None, 'run')
 

@@ -11,10 +11,19 @@ from salt_jax.errors import InputError
 
 
 def _config(**changes):
-  cfg = ml_collections.ConfigDict({
-    'lr': 0.01, 'b1': 0.8, 'b2': 0.95, 'eps': 1e-6, 'weight_decay': 0.1, 'clip': 1.0,
-    'schedule': 'cosine', 'warmup': 3, 'total': 10,
-  })
+  cfg = ml_collections.ConfigDict(
+    {
+      'lr': 0.01,
+      'b1': 0.8,
+      'b2': 0.95,
+      'eps': 1e-6,
+      'weight_decay': 0.1,
+      'clip': 1.0,
+      'schedule': 'cosine',
+      'warmup': 3,
+      'total': 10,
+    }
+  )
   cfg.update(changes)
   return cfg
 
@@ -89,9 +98,14 @@ def test_schedules():
   np.testing.assert_allclose([constant(jnp.int32(c)) for c in (0, 5, 50)], 0.01)
 
 
-@pytest.mark.parametrize('changes, words', [
-  ({'schedule': 'linear'}, "'linear'"), ({'warmup': 10}, 'warmup=10'), ({'clip': 0.0}, 'clip=0'),
-])
+@pytest.mark.parametrize(
+  'changes, words',
+  [
+    ({'schedule': 'linear'}, "'linear'"),
+    ({'warmup': 10}, 'warmup=10'),
+    ({'clip': 0.0}, 'clip=0'),
+  ],
+)
 def test_bad_settings_are_named(changes, words):
   with pytest.raises(InputError, match=words):
     optim.make_optimizer(_config(**changes))

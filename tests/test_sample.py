@@ -66,7 +66,9 @@ def test_guidance_of_one_is_the_conditional_model(world):
   config, rec, frozen, _, batch = world
   shape = recipe.latent_shape(config)
   one = sample.teacher(rec, rec.teacher, frozen, shape, 1.0)(frozen['teacher'], 3, 5.0)(*batch)
-  near = sample.teacher(rec, rec.teacher, frozen, shape, 1.0 + 1e-6)(frozen['teacher'], 3, 5.0)(*batch)
+  near = sample.teacher(rec, rec.teacher, frozen, shape, 1.0 + 1e-6)(frozen['teacher'], 3, 5.0)(
+    *batch
+  )
   far = sample.teacher(rec, rec.teacher, frozen, shape, 4.0)(frozen['teacher'], 3, 5.0)(*batch)
   np.testing.assert_allclose(one, near, atol=1e-3)
   assert np.abs(one - far).max() > 1e-2
@@ -76,9 +78,21 @@ def test_the_program_writes_a_video(world, tmp_path):
   config, rec, _, student, _ = world
   path = files.export(str(tmp_path), 'generator', student, config)
   out = tmp_path / 'out.webp'
-  command = [sys.executable, '-m', 'salt_jax.sample', f'--checkpoint={path}', f'--prompt={PROMPTS[0]}', '--steps=2']
+  command = [
+    sys.executable,
+    '-m',
+    'salt_jax.sample',
+    f'--checkpoint={path}',
+    f'--prompt={PROMPTS[0]}',
+    '--steps=2',
+  ]
   done = subprocess.run(
-      [*command, f'--output={out}', '--stream'], cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=300
+    [*command, f'--output={out}', '--stream'],
+    cwd=ROOT,
+    env=os.environ,
+    capture_output=True,
+    text=True,
+    timeout=300,
   )
   assert done.returncode == 0, done.stderr[-2000:]
   assert '9 frames after' in done.stderr and video.read_webp(str(out)).shape == (21, 32, 32, 3)

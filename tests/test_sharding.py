@@ -28,8 +28,13 @@ def on_eight_devices(code):
   """Runs code in a process with eight CPU devices and returns what it prints."""
   flags = '--xla_force_host_platform_device_count=8'
   env = os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
-  done = subprocess.run([sys.executable, '-c', textwrap.dedent(code)], env=env, text=True,
-                        capture_output=True, timeout=120)
+  done = subprocess.run(
+    [sys.executable, '-c', textwrap.dedent(code)],
+    env=env,
+    text=True,
+    capture_output=True,
+    timeout=120,
+  )
   assert done.returncode == 0, done.stderr[-3000:]
   return done.stdout
 
@@ -40,12 +45,15 @@ def test_free_axis_takes_what_is_left():
   assert mesh.devices.shape == (1, 1, 1, 1)
 
 
-@pytest.mark.parametrize('sizes, words', [
-  ({'fsdp': 2}, ['fsdp=2', '1 devices']),
-  ({'fsdp': 3, 'data': -1}, ['data=-1', 'fsdp=3', '1 devices']),
-  ({'fsdp': -1, 'data': -1}, ['at most one']),
-  ({'fsdp': 0}, ['positive']),
-])
+@pytest.mark.parametrize(
+  'sizes, words',
+  [
+    ({'fsdp': 2}, ['fsdp=2', '1 devices']),
+    ({'fsdp': 3, 'data': -1}, ['data=-1', 'fsdp=3', '1 devices']),
+    ({'fsdp': -1, 'data': -1}, ['at most one']),
+    ({'fsdp': 0}, ['positive']),
+  ],
+)
 def test_wrong_sizes_are_named(sizes, words):
   with pytest.raises(InputError) as error:
     _one_device_mesh(**sizes)
@@ -62,15 +70,19 @@ def test_axes_are_exactly_four():
 
 def test_path_without_a_rule_is_named():
   with pytest.raises(InputError, match="'blocks/ffn/kernel'"):
-    sharding.shardings({'blocks': {'ffn': {'kernel': _struct(4)}}}, _one_device_mesh(),
-                       [('bias', 'replicate')])
+    sharding.shardings(
+      {'blocks': {'ffn': {'kernel': _struct(4)}}}, _one_device_mesh(), [('bias', 'replicate')]
+    )
 
 
-@pytest.mark.parametrize('rule, words', [
-  ('shard', "rule 'shard' is unknown"),
-  (('fsdp',), 'one per dimension'),
-  (('fsdp', 'model'), 'not in'),
-])
+@pytest.mark.parametrize(
+  'rule, words',
+  [
+    ('shard', "rule 'shard' is unknown"),
+    (('fsdp',), 'one per dimension'),
+    (('fsdp', 'model'), 'not in'),
+  ],
+)
 def test_bad_rules_are_named(rule, words):
   with pytest.raises(InputError, match=words):
     sharding.shardings({'w': _struct(4, 4)}, _one_device_mesh(), [('.*', rule)])
@@ -105,9 +117,14 @@ def test_rules_on_eight_devices():
   """)
   found = dict(line.split(' ', 1) for line in out.splitlines() if not line.startswith('refused'))
   assert {name: eval(spec) for name, spec in found.items()} == {
-    'wide': (None, None, 'fsdp'), 'odd': (None, 'fsdp'), 'none': (), 'small': (),
-    'out/kernel': (None, 'fsdp', 'tensor'), 'tie': (None, None, 'fsdp'),
-    'joint': (('fsdp', 'tensor'), None), 'norm': (),
+    'wide': (None, None, 'fsdp'),
+    'odd': (None, 'fsdp'),
+    'none': (),
+    'small': (),
+    'out/kernel': (None, 'fsdp', 'tensor'),
+    'tie': (None, None, 'fsdp'),
+    'joint': (('fsdp', 'tensor'), None),
+    'norm': (),
   }
   assert out.count('refused True') == 2
 

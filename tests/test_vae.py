@@ -86,12 +86,15 @@ def test_frames_and_latents(frames, latents):
   assert jax.eval_shape(functools.partial(vae.decode, cfg=NANO), shapes, z).shape == video.shape
 
 
-@pytest.mark.parametrize('call, shape, words', [
+@pytest.mark.parametrize(
+  'call, shape, words',
+  [
     (vae.encode, (1, 4, 8, 8, 3), ('4 frames', '1 + 4n', 'such as 1.')),
     (vae.encode, (1, 80, 8, 8, 3), ('80 frames', 'such as 77.')),
     (vae.encode, (1, 5, 12, 8, 3), ('12x8', 'multiples of 8')),
     (vae.decode, (1, 2, 1, 1, 4), ('4 channels', '16')),
-])
+  ],
+)
 def test_bad_shapes_are_named_with_the_mend(call, shape, words):
   with pytest.raises(InputError) as error:
     call(tiny_params(), np.zeros(shape), TINY)
@@ -139,7 +142,7 @@ def test_attention_keeps_frames_apart():
   variables = perturbed(jax.eval_shape(layer.init, jax.random.key(0), x, None))
   whole = layer.apply(variables, x, None)[0]
   assert np.abs(whole - x).max() > 0.1
-  alone = [layer.apply(variables, x[:, t:t + 1], None)[0] for t in range(3)]
+  alone = [layer.apply(variables, x[:, t : t + 1], None)[0] for t in range(3)]
   # The same products; a batch of another size may sum them in another order.
   np.testing.assert_allclose(whole, np.concatenate(alone, axis=1), rtol=0, atol=1e-5)
 
@@ -147,7 +150,7 @@ def test_attention_keeps_frames_apart():
 def in_chunks(call, x, sizes, cache, params=None):
   parts, shapes, at = [], jax.eval_shape(lambda: cache), 0
   for size in sizes:
-    part, cache = call(params or tiny_params(), x[:, at:at + size], cache, TINY, at == 0)
+    part, cache = call(params or tiny_params(), x[:, at : at + size], cache, TINY, at == 0)
     assert jax.eval_shape(lambda cache=cache: cache) == shapes
     parts.append(part)
     at += size
@@ -230,13 +233,17 @@ def test_decoded_video_is_diffusers():
 
 def test_start_is_lively_and_keys_count():
   params = jit(vae.init_params, static_argnums=1)(jax.random.key(0), TINY)
-  jax.tree.map(lambda x, like: np.testing.assert_equal(x.shape, like.shape),
-               params, vae.param_shapes(TINY))
+  jax.tree.map(
+    lambda x, like: np.testing.assert_equal(x.shape, like.shape), params, vae.param_shapes(TINY)
+  )
   mean, logvar = posterior(params, pixels(0, 2, 5, 8, 8, 3), TINY)
   assert 0.1 < mean.std() < 2 and -7 < logvar.mean() < -5
   assert 0.1 < decode_raw(params, normal(0, 2, 2, 1, 1, 16), TINY).std() < 2
-  kernels = [np.ravel(x)[0] for path, x in jax.tree_util.tree_leaves_with_path(params)
-             if path[-1].key == 'kernel' and path[-2].key != 'proj']
+  kernels = [
+    np.ravel(x)[0]
+    for path, x in jax.tree_util.tree_leaves_with_path(params)
+    if path[-1].key == 'kernel' and path[-2].key != 'proj'
+  ]
   assert len(set(map(float, kernels))) == len(kernels)
 
 
@@ -265,8 +272,10 @@ def test_loss_is_its_formula():
   theirs = torch.distributions.Normal(torch.tensor(mean), torch.tensor(np.exp(logvar / 2)))
   unit = torch.distributions.Normal(torch.zeros(1), torch.ones(1))
   kl = torch.distributions.kl_divergence(theirs, unit).numpy()
-  want = {name: x.reshape(2, -1).mean(axis=1)
-          for name, x in (('l1', np.abs(error)), ('mse', error**2), ('kl', kl))}
+  want = {
+    name: x.reshape(2, -1).mean(axis=1)
+    for name, x in (('l1', np.abs(error)), ('mse', error**2), ('kl', kl))
+  }
   assert parts.keys() == want.keys()
   # Float32 means of unit-scale numbers.
   for name in want:

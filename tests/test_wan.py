@@ -32,9 +32,10 @@ def _influence(chunk):
 
   @jax.jit
   def gradient(x, frame):
-    loss = lambda x: jnp.square(
-      APPLY(tiny.params(), x, t, text, wan.Clip(chunk=chunk))[0][:, frame]
-    ).sum()  # noqa: E731
+    def loss(x):
+      v, _ = APPLY(tiny.params(), x, t, text, wan.Clip(chunk=chunk))
+      return jnp.square(v[:, frame]).sum()
+
     return jnp.abs(jax.grad(loss)(x)).sum((0, 2, 3, 4))
 
   return np.stack([gradient(x, jnp.int32(frame)) for frame in range(tiny.FRAMES)]) > 0

@@ -1,6 +1,6 @@
 """A config file that trains tiny networks on 21 frames of 32x32 pixels; the argument is the folder of their weights.
 
-  python -m salt_jax.main --config=tests/tiny_config.py:FOLDER
+python -m salt_jax.main --config=tests/tiny_config.py:FOLDER
 """
 
 import os
@@ -12,7 +12,9 @@ from configs import causal_init, pretrain, selfforcing
 from salt_jax import convert, weights
 from salt_jax.models import text, vae, wan
 
-DIT = dict(dim=32, ffn_dim=48, heads=2, layers=2, text_dim=64, text_len=16, dtype='float32', remat=True)
+DIT = dict(
+  dim=32, ffn_dim=48, heads=2, layers=2, text_dim=64, text_len=16, dtype='float32', remat=True
+)
 
 
 def shrink(config, folder):
@@ -52,9 +54,11 @@ def write_weights(folder):
   """Random networks in files, as a stage expects them."""
   config = get_config(folder)
   cfgs = {
-      'vae': vae.VAEConfig(**{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in config.vae.items()}),
-      'text': text.TextConfig(**config.text),
-      **{name: wan.WanConfig(**config.model) for name in ('teacher', 'init', 'student')},
+    'vae': vae.VAEConfig(
+      **{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in config.vae.items()}
+    ),
+    'text': text.TextConfig(**config.text),
+    **{name: wan.WanConfig(**config.model) for name in ('teacher', 'init', 'student')},
   }
   for seed, (name, cfg) in enumerate(cfgs.items()):
     network = weights.NETWORKS.get(name, 'dit')

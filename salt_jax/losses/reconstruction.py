@@ -16,8 +16,13 @@ def _per_example(x):
 
 
 def vae_loss(
-    params: PyTree, video: Float[Array, 'b t h w 3'], key: PRNGKeyArray, cfg: vae.VAEConfig, *,
-    l1_weight: float, kl_weight: float
+  params: PyTree,
+  video: Float[Array, 'b t h w 3'],
+  key: PRNGKeyArray,
+  cfg: vae.VAEConfig,
+  *,
+  l1_weight: float,
+  kl_weight: float,
 ) -> tuple[Float[Array, 'b'], dict[str, Float[Array, 'b']]]:
   """mean (x' - x)^2 + l1_weight * mean |x' - x| + kl_weight * KL, x' decoded from a sample of the posterior.
 
@@ -62,13 +67,17 @@ def fold_statistics(params: PyTree, mean: Float[Array, 'z'], std: Float[Array, '
   """
   if not np.all(np.asarray(std) > 0):
     dead = ', '.join(str(i) for i in np.flatnonzero(~(np.asarray(std) > 0)))
-    raise InputError(f'latent channels {dead} never vary, so they cannot be normalised; train the '
-                     'VAE for longer or with a smaller kl_weight.')
+    raise InputError(
+      f'latent channels {dead} never vary, so they cannot be normalised; train the '
+      'VAE for longer or with a smaller kl_weight.'
+    )
   kernel, bias = params['conv1']['kernel'], params['conv1']['bias']
   scale = jnp.concatenate([1 / std, jnp.ones_like(std)])
   shift = jnp.concatenate([-mean / std, -2 * jnp.log(std)])
   conv1 = {'kernel': jnp.einsum('thwio,o->thwio', kernel, scale), 'bias': bias * scale + shift}
   kernel, bias = params['conv2']['kernel'], params['conv2']['bias']
-  conv2 = {'kernel': jnp.einsum('thwio,i->thwio', kernel, std),
-           'bias': bias + jnp.einsum('thwio,i->o', kernel, mean)}
+  conv2 = {
+    'kernel': jnp.einsum('thwio,i->thwio', kernel, std),
+    'bias': bias + jnp.einsum('thwio,i->o', kernel, mean),
+  }
   return params | {'conv1': conv1, 'conv2': conv2}

@@ -16,10 +16,42 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from salt_jax.errors import InputError
 from salt_jax.models import vae_layers as part
 
-WAN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-            0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
-WAN_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-           3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+WAN_MEAN = (
+  -0.7571,
+  -0.7089,
+  -0.9113,
+  0.1075,
+  -0.1745,
+  0.9653,
+  -0.1517,
+  1.5508,
+  0.4134,
+  -0.0715,
+  0.5517,
+  -0.3632,
+  -0.1922,
+  -0.9497,
+  0.2503,
+  -0.2921,
+)
+WAN_STD = (
+  2.8184,
+  1.4541,
+  2.3275,
+  2.6558,
+  1.2196,
+  1.7708,
+  2.6052,
+  2.0743,
+  3.2687,
+  2.1526,
+  2.8652,
+  1.5579,
+  1.6382,
+  1.1253,
+  2.8251,
+  1.9160,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +80,14 @@ class VAEConfig:
 
   def __post_init__(self):
     if len(self.temporal_downsample) != len(self.dim_mult) - 1:
-      raise InputError(f'vae.temporal_downsample must hold {len(self.dim_mult) - 1} flags, one '
-                       'fewer than dim_mult has widths.')
+      raise InputError(
+        f'vae.temporal_downsample must hold {len(self.dim_mult) - 1} flags, one '
+        'fewer than dim_mult has widths.'
+      )
     if not len(self.latent_mean) == len(self.latent_std) == self.z_dim:
-      raise InputError(f'vae.latent_mean and vae.latent_std must hold {self.z_dim} numbers each, '
-                       'as many as z_dim.')
+      raise InputError(
+        f'vae.latent_mean and vae.latent_std must hold {self.z_dim} numbers each, as many as z_dim.'
+      )
 
   @property
   def time(self) -> int:
@@ -67,9 +102,15 @@ class VAEConfig:
 
 def wan_vae() -> VAEConfig:
   """Wan 2.1's, which the original runs in float32."""
-  return VAEConfig(dim=96, z_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=2,
-                   temporal_downsample=(False, True, True), latent_mean=WAN_MEAN,
-                   latent_std=WAN_STD)
+  return VAEConfig(
+    dim=96,
+    z_dim=16,
+    dim_mult=(1, 2, 4, 4),
+    num_res_blocks=2,
+    temporal_downsample=(False, True, True),
+    latent_mean=WAN_MEAN,
+    latent_std=WAN_STD,
+  )
 
 
 def nano_vae() -> VAEConfig:
@@ -148,8 +189,12 @@ def init_params(key: PRNGKeyArray, cfg: VAEConfig) -> dict:
   ends = np.cumsum([leaf.size for _, leaf in leaves])
   # One draw, kept whole by the barrier: XLA takes most of a minute to compile a hundred.
   noise = jax.lax.optimization_barrier(jax.random.normal(key, (ends[-1],)))
-  return tree.unflatten([_initial(path, noise[end - leaf.size:end].reshape(leaf.shape))
-                         for (path, leaf), end in zip(leaves, ends, strict=True)])
+  return tree.unflatten(
+    [
+      _initial(path, noise[end - leaf.size : end].reshape(leaf.shape))
+      for (path, leaf), end in zip(leaves, ends, strict=True)
+    ]
+  )
 
 
 def _initial(path, noise):
@@ -168,17 +213,22 @@ def _check_video(shape, cfg: VAEConfig, first: bool):
   if (frames - first) % cfg.time:
     rule = f'1 + {cfg.time}n' if first else f'a multiple of {cfg.time}'
     near = first + cfg.time * max((frames - first) // cfg.time, 1 - first)
-    raise InputError(f'a video of {frames} frames cannot be encoded: the number of frames must be '
-                     f'{rule}, such as {near}.')
+    raise InputError(
+      f'a video of {frames} frames cannot be encoded: the number of frames must be '
+      f'{rule}, such as {near}.'
+    )
   if height % cfg.space or width % cfg.space:
-    raise InputError(f'a video of {height}x{width} pixels cannot be encoded: both sides must be '
-                     f'multiples of {cfg.space}.')
+    raise InputError(
+      f'a video of {height}x{width} pixels cannot be encoded: both sides must be '
+      f'multiples of {cfg.space}.'
+    )
 
 
 def _check_latents(shape, cfg: VAEConfig):
   if shape[-1] != cfg.z_dim:
-    raise InputError(f'latents of {shape[-1]} channels cannot be decoded: this VAE has '
-                     f'{cfg.z_dim}.')
+    raise InputError(
+      f'latents of {shape[-1]} channels cannot be decoded: this VAE has {cfg.z_dim}.'
+    )
 
 
 def _statistics(cfg: VAEConfig):
@@ -187,7 +237,7 @@ def _statistics(cfg: VAEConfig):
 
 
 def posterior(
-    params: PyTree, video: Float[Array, 'b t h w 3'], cfg: VAEConfig
+  params: PyTree, video: Float[Array, 'b t h w 3'], cfg: VAEConfig
 ) -> tuple[Float[Array, 'b f h w z'], Float[Array, 'b f h w z']]:
   """Mean and log-variance of the latents, not normalised.
 
@@ -204,7 +254,7 @@ def posterior(
 
 
 def encode(
-    params: PyTree, video: Float[Array, 'b t h w 3'], cfg: VAEConfig
+  params: PyTree, video: Float[Array, 'b t h w 3'], cfg: VAEConfig
 ) -> Float[Array, 'b f h w z']:
   """Normalised latents of 1 + 4n frames: (posterior mean - latent_mean) / latent_std.
 
@@ -216,7 +266,7 @@ def encode(
 
 
 def decode_raw(
-    params: PyTree, latents: Float[Array, 'b f h w z'], cfg: VAEConfig
+  params: PyTree, latents: Float[Array, 'b f h w z'], cfg: VAEConfig
 ) -> Float[Array, 'b t h w 3']:
   """Video of latents as `posterior` gives them, not clamped: what a loss compares.
 
@@ -228,7 +278,7 @@ def decode_raw(
 
 
 def decode(
-    params: PyTree, latents: Float[Array, 'b f h w z'], cfg: VAEConfig
+  params: PyTree, latents: Float[Array, 'b f h w z'], cfg: VAEConfig
 ) -> Float[Array, 'b t h w 3']:
   """Video in [-1, 1] of normalised latents: 1 + 4 (f - 1) frames.
 
@@ -239,7 +289,7 @@ def decode(
 
 
 def decode_chunk(
-    params: PyTree, latents: Float[Array, 'b f h w z'], cache: PyTree, cfg: VAEConfig, first: bool
+  params: PyTree, latents: Float[Array, 'b f h w z'], cache: PyTree, cfg: VAEConfig, first: bool
 ) -> tuple[Float[Array, 'b t h w 3'], PyTree]:
   """The next part of a video.
 
@@ -264,7 +314,7 @@ def decode_chunk(
 
 
 def encode_chunk(
-    params: PyTree, video: Float[Array, 'b t h w 3'], cache: PyTree, cfg: VAEConfig, first: bool
+  params: PyTree, video: Float[Array, 'b t h w 3'], cache: PyTree, cfg: VAEConfig, first: bool
 ) -> tuple[Float[Array, 'b f h w z'], PyTree]:
   """Latents of the next part of a video: of 1 + 4n frames if it is the first, else of 4n.
 

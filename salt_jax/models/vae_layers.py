@@ -35,8 +35,13 @@ class Norm(nn.Module):
 
 
 def _conv2d(x, kernel):
-  y = jax.lax.conv_general_dilated(rearrange(x, 'b t h w c -> (b t) h w c'), kernel, (1, 1), 'SAME',
-                                   dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+  y = jax.lax.conv_general_dilated(
+    rearrange(x, 'b t h w c -> (b t) h w c'),
+    kernel,
+    (1, 1),
+    'SAME',
+    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+  )
   return rearrange(y, '(b t) h w c -> b t h w c', b=x.shape[0])
 
 
@@ -58,7 +63,7 @@ class VideoConv(nn.Module):
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
     x, kernel, bias = (array.astype(self.dtype) for array in (x, kernel, bias))
     last = x.shape[1] - 2
-    y = sum(_conv2d(x[:, k:last + k:self.stride], kernel[k]) for k in range(3))
+    y = sum(_conv2d(x[:, k : last + k : self.stride], kernel[k]) for k in range(3))
     return y + bias[None, None, None, None]
 
 
@@ -154,8 +159,11 @@ class Up(nn.Module):
 
 def middle(width: int, dtype: str) -> list[nn.Module]:
   """The layers at the coarsest resolution."""
-  return [Residual(width, dtype, name='middle_0'), Attention(dtype, name='middle_1'),
-          Residual(width, dtype, name='middle_2')]
+  return [
+    Residual(width, dtype, name='middle_0'),
+    Attention(dtype, name='middle_1'),
+    Residual(width, dtype, name='middle_2'),
+  ]
 
 
 def through(layers: list[nn.Module], widths: tuple[int, int], dtype: str, x, past):
