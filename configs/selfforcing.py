@@ -16,8 +16,8 @@ def get_config(arg=None):
     name=f'selfforcing-{arg.size}',
     stage='selfforcing',
     size=arg.size,
-    total_steps=120 if nano else 600,
-    batch=8 if nano else 64,
+    total_steps=40 if nano else 600,
+    batch=4 if nano else 64,
   )
   config.model = base.dit(arg.size)
   config.teacher = base.dit('nano' if nano else '14b')
@@ -36,5 +36,5 @@ def get_config(arg=None):
   )  # start counts critic updates
   config.data = dict(kind='captions' if nano else 'prompts', path='' if nano else 'prompts.txt')
   # At the end: judged clips of held-out images and captions, and rows of the picture.
-  config.evaluate = dict(clips=32, rows=4, steps=(4, 2), teacher_steps=24, guidance=4.0)
+  config.evaluate = dict(clips=16, rows=4, steps=(4, 2), teacher_steps=24, guidance=4.0)
   return config

@@ -9,6 +9,7 @@ the fingerprints kept in `info` do.
 import hashlib
 import json
 import pathlib
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -118,7 +119,7 @@ def restore_ema(folder: str, like: Any, step: int | None = None) -> Any:
 def check_config(
   workdir: str, config: ml_collections.ConfigDict, may_change: tuple[str, ...] = ()
 ) -> None:
-  """Writes `config.json` at the first start and compares with it at later ones.
+  """Compares the config with the one that `write_config` left in the workdir, if there is one.
 
   Args:
     workdir: the run's folder.
@@ -126,16 +127,10 @@ def check_config(
     may_change: dotted keys, or sections, that a later start may set differently.
 
   Raises:
-    InputError: a value differs, or the stored file cannot be read.
+    InputError: the workdir cannot be written, a value differs, or the stored file cannot be read.
   """
-  path = local_folder(workdir) / 'config.json'
-  text = _config_text(config)
+  path = _writable(workdir) / 'config.json'
   if not path.exists():
-    if jax.process_index() == 0:
-      path.parent.mkdir(parents=True, exist_ok=True)
-      fresh = path.with_name('config.json.new')
-      fresh.write_text(text, encoding='utf-8')
-      fresh.replace(path)
     return
   try:
     stored = _flatten(json.loads(path.read_text(encoding='utf-8')))
@@ -143,7 +138,7 @@ def check_config(
     raise InputError(
       f'{path} is damaged ({error}); delete it, or pass another --workdir.'
     ) from error
-  given = _flatten(json.loads(text))
+  given = _flatten(json.loads(_config_text(config)))
   for key in sorted(stored.keys() | given.keys()):
     free = any(key == name or key.startswith(name + '.') for name in may_change)
     old, new = stored.get(key, 'absent'), given.get(key, 'absent')
@@ -152,6 +147,28 @@ def check_config(
         f'config.{key} is {new}, but the run in {path.parent} has {old}: '
         'pass another --workdir or the same config.'
       )
+
+
+def write_config(workdir: str, config: ml_collections.ConfigDict) -> None:
+  """Writes `config.json` unless it is there; from the first checkpoint on a workdir belongs to its config."""
+  path = local_folder(workdir) / 'config.json'
+  if jax.process_index() == 0 and not path.exists():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name('config.json.new')
+    fresh.write_text(_config_text(config), encoding='utf-8')
+    fresh.replace(path)
+
+
+def _writable(workdir: str) -> pathlib.Path:
+  path = local_folder(workdir)
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=path).close()
+  except OSError as error:
+    raise InputError(
+      f'nothing can be written to {path} ({error.strerror}): pass another --workdir.'
+    ) from error
+  return path
 
 
 def config_digest(config: ml_collections.ConfigDict) -> str:

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable
 
 from absl import app, flags
@@ -53,6 +54,21 @@ def define_config(help_string: str, default: str | None = None) -> flags.FlagHol
   if default:
     flags.set_default(holder, default)
   return holder
+
+
+def check_folder(flag: str, folder: str) -> None:
+  """Makes the folder that results go to, so that what took long is not lost at its end.
+
+  Raises:
+    InputError: nothing can be written there.
+  """
+  try:
+    os.makedirs(folder or '.', exist_ok=True)
+    tempfile.TemporaryFile(dir=folder or '.').close()
+  except OSError as error:
+    raise InputError(
+      f'--{flag}: nothing can be written to {folder} ({error.strerror}); name another folder.'
+    ) from error
 
 
 class _Experiment(flags.ArgumentParser):

@@ -67,6 +67,8 @@ def _stream(feed: Feed, make: Callable[[np.ndarray], Batch]) -> Iterator[Batch]:
   options = grain.ReadOptions(num_threads=feed.threads, prefetch_buffer_size=2 * feed.threads)
   dataset = batches.to_iter_dataset(options)
   if feed.workers:
+    # Inherited by the workers: as many BLAS pools as processes would fight for the same cores.
+    os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
     dataset = dataset.mp_prefetch(
       grain.MultiprocessingOptions(num_workers=feed.workers, per_worker_buffer_size=2)
     )

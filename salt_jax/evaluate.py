@@ -19,7 +19,8 @@ from absl import flags
 from jaxtyping import PyTree, UInt8
 from ml_collections import ConfigDict
 
-from salt_jax import cli, clips, judge, recipe, sample, stages, video, weights
+from salt_jax import cli, clips, convert, judge, recipe, sample, stages, video, weights
+from salt_jax.errors import InputError
 from salt_jax.losses.reconstruction import fold_statistics
 from salt_jax.models import vae
 from salt_jax.recipe import Recipe
@@ -174,9 +175,24 @@ def picture(path: str, rows: list[Row], captions: list[str], count: int) -> None
   video.contact_sheet(path, lines)
 
 
+def reports(config: ConfigDict) -> bool:
+  """Whether a run of this config ends in a report: those of the nano world do."""
+  return bool(config.evaluate.clips) and config.size == 'nano'
+
+
+def check(config: ConfigDict, rec: Recipe) -> None:
+  """Reads the VAE that the report decodes with, so that a damaged file is found before training, not behind it.
+
+  Raises:
+    InputError: a missing, damaged or other-sized file.
+  """
+  if reports(config) and config.stage != 'vae':
+    weights.load(config.weights.vae, 'vae', rec.vae)
+
+
 def report(config: ConfigDict, rec: Recipe, networks: dict[str, PyTree], workdir: str) -> None:
   """Writes `report.md`, `report.json` and `samples.png` of a finished run, and prints the table."""
-  if jax.process_index() or not config.evaluate.clips or config.size != 'nano':
+  if jax.process_index() or not reports(config):
     return
   cfg = config.evaluate
   vae_params = (
@@ -206,6 +222,8 @@ def write(folder: str, rows: list[Row], captions: list[str], count: int) -> None
 
 def shipped(config: ConfigDict, rec: Recipe, checkpoint: str | None) -> list[Method]:
   """Every row of the card: the networks that ship, and the student of a run."""
+  weights.require(config, ('text', 'teacher', 'vae', 'init', 'student'))
+  own = _student_of(checkpoint, rec) if checkpoint else None
   frozen = stages.serving(config, rec, 'text', 'teacher', 'vae')
   make = sample.teacher(
     rec, rec.teacher, frozen, recipe.latent_shape(config), config.evaluate.guidance
@@ -216,14 +234,26 @@ def shipped(config: ConfigDict, rec: Recipe, checkpoint: str | None) -> list[Met
     label = f'teacher, {n} steps' if n > 4 else f'teacher cut to {n} steps'
     rows.append(Method(label, make(frozen['teacher'], n, rec.schedule.shift)))
   students = {'causal init': weights.load(config.weights.init, 'dit', rec.model)}
-  if checkpoint:
-    students['student of the run'] = sample.load(checkpoint)[2]
-  students['longer-trained student'] = weights.load(config.weights.student, 'dit', rec.model)
+  if own:
+    students['student of the run'] = own
+  if os.path.isfile(weights.resolve(config.weights.student)):
+    students['longer-trained student'] = weights.load(config.weights.student, 'dit', rec.model)
+  else:
+    log.warning('no longer-trained student at %s: its rows are left out', config.weights.student)
   return rows + [
     Method(f'{name}, {n} steps', few(params, n))
     for name, params in students.items()
     for n in (4, 2)
   ]
+
+
+def _student_of(checkpoint: str, rec: Recipe) -> PyTree:
+  params = sample.load(checkpoint)[2]
+  try:
+    convert.check(params, weights.shapes('dit', rec.model))
+  except InputError as error:
+    raise InputError(f'--checkpoint={checkpoint} and --config do not fit: {error}') from error
+  return params
 
 
 def define_flags() -> None:
@@ -243,6 +273,11 @@ def define_flags() -> None:
 def program() -> None:
   args = flags.FLAGS
   rec = recipe.build(args.config)
+  if args.config.size != 'nano' or args.config.stage not in ('ode', 'selfforcing'):
+    raise InputError(
+      f'{args.config.name} cannot be judged: pass --config=configs/selfforcing.py:nano.'
+    )
+  cli.check_folder('output', args.output)
   vae_params = weights.load(args.config.weights.vae, 'vae', rec.vae)
   rows = measure(
     args.config, rec, vae_params, shipped(args.config, rec, args.checkpoint), args.clips, args.split

@@ -106,13 +106,8 @@ def ode_pairs(config: ConfigDict, rec: Recipe, frozen: dict, folder: str) -> str
   """Teacher trajectories; fields trajectory float16 `[p f h w c]` (kept inputs, then the end), ids, mask.
 
   The kept levels are those of the student's schedule, which the teacher's grid contains.
-
-  Raises:
-    InputError: if the teacher's steps are not a multiple of the student's.
   """
   keep, pairs = rec.schedule.steps[0], config.pairs
-  if pairs.steps % keep:
-    raise InputError(f"pairs.steps={pairs.steps} must be a multiple of the student's {keep} steps.")
   weights.require(config, ['teacher'])
   teacher = weights.load(config.weights.teacher, 'dit', rec.teacher)
   shape, length = recipe.latent_shape(config), rec.text_length

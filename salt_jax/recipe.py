@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from salt_jax.checks import check, section
 from salt_jax.diffusion import flow
 from salt_jax.diffusion.rollout import Chunking, Plan
 from salt_jax.errors import InputError
 from salt_jax.losses.dmd import DMDConfig
+from salt_jax.models.cache import slots_needed
 from salt_jax.models.text import TextConfig
 from salt_jax.models.vae import VAEConfig
 from salt_jax.models.wan import PATCH, WanConfig
@@ -74,37 +76,30 @@ def build(config: ConfigDict) -> Recipe:
   Raises:
     InputError: for sizes that do not fit each other.
   """
+  check(config)
   fields = dict(
     seed=config.seed,
-    vae=vae_config(config),
-    text=TextConfig(**config.text),
+    vae=section(VAEConfig, config, 'vae'),
+    text=section(TextConfig, config, 'text'),
     text_length=config.text_length,
     optimizers={name: make_optimizer(cfg) for name, cfg in config.optim.items()},
     ema_decay=config.ema.decay,
     ema_start=config.ema.start,
   )
   if 'model' in config:
-    fields['model'] = WanConfig(**config.model)
+    fields['model'] = section(WanConfig, config, 'model')
   if 'teacher' in config:
-    fields['teacher'] = WanConfig(**config.teacher)
+    fields['teacher'] = section(WanConfig, config, 'teacher')
   if 'rollout' in config:
     fields['chunking'] = chunking(config)
-    fields['schedule'] = Schedule(**{k: _plain(v) for k, v in config.schedule.items()})
+    fields['schedule'] = section(Schedule, config, 'schedule')
   if 'losses' in config:
     fields['losses'] = dict(config.losses)
-    fields['dmd'] = DMDConfig(**config.dmd)
+    fields['dmd'] = section(DMDConfig, config, 'dmd')
   for name in ('l1_weight', 'kl_weight', 'text_dropout', 'flow_shift'):
     if name in config:
       fields[name] = config[name]
   return Recipe(**fields)
-
-
-def _plain(value):
-  return tuple(value) if isinstance(value, tuple | list) else value
-
-
-def vae_config(config: ConfigDict) -> VAEConfig:
-  return VAEConfig(**{k: _plain(v) for k, v in config.vae.items()})
 
 
 def latent_shape(config: ConfigDict) -> tuple[int, int, int, int]:
@@ -135,12 +130,13 @@ def chunking(config: ConfigDict, frames: int | None = None) -> Chunking:
   Raises:
     InputError: if the rollout does not fit the video or the window is too short.
   """
-  model, roll = WanConfig(**config.model), config.rollout
+  model, roll = section(WanConfig, config, 'model'), config.rollout
   video_frames, rows, columns, channels = latent_shape(config)
   if frames is None and roll.frames != video_frames:
     raise InputError(
       f'rollout.frames={roll.frames} but video.frames={config.video.frames} make {video_frames} latent frames.'
     )
+  slots_needed(frames or roll.frames, roll.chunk, roll.sink, roll.window or None)
   tokens = rows * columns // PATCH**2
   return Chunking(
     frames=frames or roll.frames,

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, PyTree, UInt8
 from ml_collections import ConfigDict
 
 from salt_jax import checkpoint, cli, recipe, stages, video, weights
+from salt_jax.checks import MAX_STEPS
 from salt_jax.diffusion import flow, rollout, solvers
 from salt_jax.errors import InputError
 from salt_jax.models import vae, wan
@@ -29,8 +30,6 @@ log = logging.getLogger('salt_jax.sample')
 
 # Draws `(ids, mask, index) -> latents`; the noise of a clip depends on its index alone, not on who samples.
 Sampler = Callable[[Int[Array, 'b n'], Array, Int[Array, 'b']], Float[Array, 'b f h w c']]
-
-MAX_STEPS = 8
 
 
 def _keys(rec: Recipe, index):
@@ -146,12 +145,20 @@ def load(path: str) -> tuple[ConfigDict, Recipe, PyTree]:
 def _config_of_run(path: str) -> ConfigDict:
   file = os.path.join(path, 'config.json')
   if not os.path.isfile(file):
-    raise InputError(f'{path} is not the workdir of a run: it has no config.json.')
-  with open(file) as f:
-    return ConfigDict(json.load(f), convert_dict=True)
+    raise InputError(
+      f'{path} has no config.json: pass the workdir of a run that has saved a checkpoint.'
+    )
+  with open(file, encoding='utf-8') as f:
+    text = f.read()
+  try:
+    return ConfigDict(json.loads(text), convert_dict=True)
+  except ValueError as error:
+    raise InputError(f'{file} is damaged ({error}): pass a file that the run exported.') from error
 
 
 def _student_recipe(config: ConfigDict, path: str) -> Recipe:
+  if 'stage' not in config:
+    raise InputError(f'{path} is no run of salt_jax: its config names no stage.')
   if config.stage not in ('ode', 'selfforcing'):
     raise InputError(
       f'{path} was made by the stage "{config.stage}", which has no few-step student.'
@@ -183,8 +190,9 @@ def _check(args) -> None:
     raise InputError('pass at least one --prompt.')
   if not 1 <= args.steps <= MAX_STEPS:
     raise InputError(f'--steps={args.steps} must be between 1 and {MAX_STEPS}.')
-  if os.path.splitext(args.output)[1] not in video.SUFFIXES:
+  if os.path.splitext(args.output)[1].lower() not in video.SUFFIXES:
     raise InputError(f'--output={args.output} must end in one of {", ".join(video.SUFFIXES)}.')
+  cli.check_folder('output', os.path.dirname(args.output))
 
 
 def program() -> None:

@@ -111,6 +111,7 @@ def _flow(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
 
 
 def _ode(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
+  weights.require(config, ('text', 'teacher', 'vae'))
   frozen = serving(config, rec, 'text')
   folder = precompute.ode_pairs(config, rec, frozen, os.path.join(workdir, 'pairs'))
   return Stage(

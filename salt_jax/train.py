@@ -1,6 +1,7 @@
 """The training loop: mesh → stage → state → steps → metrics → save → export and report."""
 
 import collections
+import contextlib
 import functools
 import logging
 import os
@@ -12,7 +13,8 @@ from ml_collections import ConfigDict
 from salt_jax import evaluate, sharding, stages, weights
 from salt_jax import recipe as recipes
 from salt_jax import state as states
-from salt_jax.checkpoint import Checkpoints, check_config, config_digest
+from salt_jax.checkpoint import Checkpoints, check_config, config_digest, write_config
+from salt_jax.checks import check_batch
 from salt_jax.data import Feed
 from salt_jax.errors import InputError
 from salt_jax.metrics import Progress, Writer, assert_finite, param_count
@@ -28,7 +30,6 @@ FREE = (
   'workers',
   'mesh',
   'rules',
-  'weights',
   'shard_min_size',
 )
 
@@ -49,8 +50,10 @@ def run(config: ConfigDict, workdir: str) -> dict[str, int]:
   """
   rec = recipes.build(config)
   mesh = sharding.make_mesh(config.mesh)
+  check_batch(config.batch, mesh)
   check_config(workdir, config, FREE)
   stage = stages.build(config, rec, workdir)
+  evaluate.check(config, rec)
 
   shapes = states.shapes_of(stage.shapes, rec.optimizers, stage.averaged)
   like, placed = states.with_shardings(shapes, mesh, config)
@@ -90,23 +93,24 @@ def run(config: ConfigDict, workdir: str) -> dict[str, int]:
     if waiting is not None:
       _log(waiting, config, checkpoints, writer, progress)
 
-  for n in range(start, config.total_steps):
-    scalars = {}
-    for spec in stage.steps:
-      if n % spec.every == 0:
-        batch = _to_devices(next(feeds[spec.name]), mesh)
-        state, metrics = jitted[spec.name](state, frozen, batch, np.int32(n))
-        scalars |= {f'{spec.name}/{k}': v for k, v in metrics.items()}
-    # The scalars of the step before are read only now, so the host never holds up the device.
-    flush()
-    waiting = (n + 1, scalars)
-    if (n + 1) % config.checkpoint.every == 0 or n + 1 == config.total_steps:
+  # Whatever stops the loop, a save in progress is waited for.
+  with contextlib.closing(checkpoints), contextlib.closing(writer):
+    for n in range(start, config.total_steps):
+      scalars = {}
+      for spec in stage.steps:
+        if n % spec.every == 0:
+          batch = _to_devices(next(feeds[spec.name]), mesh)
+          state, metrics = jitted[spec.name](state, frozen, batch, np.int32(n))
+          scalars |= {f'{spec.name}/{k}': v for k, v in metrics.items()}
+      # The scalars of the step before are read only now, so the host never holds up the device.
       flush()
-      waiting = None
-      items = {'state': state.replace(ema={}), 'ema': state.ema}
-      checkpoints.save(n + 1, items, {'data_step': n + 1, 'config': digest}, force=True)
-  checkpoints.close()
-  writer.close()
+      waiting = (n + 1, scalars)
+      if (n + 1) % config.checkpoint.every == 0 or n + 1 == config.total_steps:
+        flush()
+        waiting = None
+        items = {'state': state.replace(ema={}), 'ema': state.ema}
+        write_config(workdir, config)
+        checkpoints.save(n + 1, items, {'data_step': n + 1, 'config': digest}, force=True)
   for name, count in traces.items():
     if count > 1:
       log.warning('%s_step was compiled %d times.', name, count)

@@ -201,11 +201,13 @@ def test_config_is_written_once_and_compared(tmp_path):
   free = ('total_steps', 'log')
   config = _config()
   checkpoint.check_config(tmp_path / 'run', config, free)
+  checkpoint.write_config(tmp_path / 'run', config)
   stored = tmp_path / 'run' / 'config.json'
   text = stored.read_text()
   assert json.loads(text)['model'] == {'dims': [1, 2], 'seed': 0}
   config.total_steps, config.log.every = 20, 1
   checkpoint.check_config(tmp_path / 'run', config, free)
+  checkpoint.write_config(tmp_path / 'run', config)
   assert stored.read_text() == text
   config.seed = 3
   with pytest.raises(InputError) as error:

@@ -1,4 +1,4 @@
-"""The VAE looks back in time only, streams exactly, and is Wan's; its loss and folding are as said."""
+"""The VAE looks back in time only, streams exactly and is Wan's; its loss and folding hold."""
 
 import dataclasses
 import functools
@@ -113,7 +113,7 @@ def test_a_config_that_does_not_fit_itself_is_refused(change):
 
 
 def influence(call, x, cfg):
-  """`[output frame, input frame]`: the largest gradient of a random mixture of each output frame."""
+  """Largest gradient of a mixture of each output frame by each input frame, `[output input]`."""
   shape = jax.eval_shape(lambda: call(tiny_params(), x, cfg)).shape
   mixture = normal(1, *shape)
 
@@ -127,7 +127,7 @@ def influence(call, x, cfg):
 def test_no_latent_depends_on_later_frames():
   got = influence(vae.encode, pixels(0, 1, 9, 8, 8, 3), TINY)
   frame, latent = np.arange(9), np.arange(3)
-  # Latent 0 is frame 0, latent n ends at frame 4n; what it may see it does see, or this says nothing.
+  # Latent n ends at frame 4n; what it may see it does see, or this would say nothing.
   np.testing.assert_array_equal(got > 0, frame[None] <= 4 * latent[:, None])
 
 

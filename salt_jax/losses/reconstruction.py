@@ -24,7 +24,7 @@ def vae_loss(
   l1_weight: float,
   kl_weight: float,
 ) -> tuple[Float[Array, 'b'], dict[str, Float[Array, 'b']]]:
-  """mean (x' - x)^2 + l1_weight * mean |x' - x| + kl_weight * KL, x' decoded from a sample of the posterior.
+  """mean (x' - x)^2 + l1_weight * mean |x' - x| + kl_weight * KL, x' decoded from a sample.
 
   KL to the unit normal is (mu^2 + exp(v) - 1 - v) / 2, averaged over all latent numbers (Kingma and
   Welling, arXiv:1312.6114, appendix B); v is the log-variance, clipped to [-30, 20].
@@ -34,7 +34,7 @@ def vae_loss(
     video: pixels in [-1, 1], 1 + 4n frames.
     key: one for the batch.
     cfg: sizes.
-    l1_weight: sharpens; much of it drops small things on a plain ground, whose median is the ground.
+    l1_weight: sharpens; much of it drops small things, since the median around them is the ground.
     kl_weight: small, such as 1e-4, so that latents are bounded and no more.
 
   Returns:

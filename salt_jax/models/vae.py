@@ -183,7 +183,8 @@ def param_shapes(cfg: VAEConfig) -> dict:
 def init_params(key: PRNGKeyArray, cfg: VAEConfig) -> dict:
   """Random float32 parameters: each convolution keeps the variance, attention starts as nothing.
 
-  The posterior starts narrow (log-variance -6): noise as wide as the signal would hide it from the decoder at first.
+  The posterior starts narrow (log-variance -6): noise as wide as the signal would hide it from the
+  decoder at first.
   """
   leaves, tree = jax.tree_util.tree_flatten_with_path(param_shapes(cfg))
   ends = np.cumsum([leaf.size for _, leaf in leaves])
