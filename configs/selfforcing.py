@@ -16,7 +16,7 @@ def get_config(arg=None):
     name=f'selfforcing-{arg.size}',
     stage='selfforcing',
     size=arg.size,
-    total_steps=40 if nano else 600,
+    total_steps=120 if nano else 600,
     batch=4 if nano else 64,
   )
   config.model = base.dit(arg.size)

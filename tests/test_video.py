@@ -82,7 +82,7 @@ def test_the_suffix_decides_the_format_and_nothing_else_is_left(tmp_path, clip, 
 
 
 def test_an_unknown_suffix_is_refused(tmp_path, clip):
-  with pytest.raises(InputError, match=r"'.mp4'.*\.webp, \.gif or \.png"):
+  with pytest.raises(InputError, match=r"'.mp4'.*\.webp, \.gif, \.png"):
     video.write(str(tmp_path / 'a.mp4'), clip)
   assert not os.listdir(tmp_path)
 
