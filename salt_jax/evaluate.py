@@ -223,7 +223,7 @@ def write(folder: str, rows: list[Row], captions: list[str], count: int) -> None
 def shipped(config: ConfigDict, rec: Recipe, checkpoint: str | None) -> list[Method]:
   """Every row of the card: the networks that ship, and the student of a run."""
   weights.require(config, ('text', 'teacher', 'vae', 'init', 'student'))
-  own = _student_of(checkpoint, rec) if checkpoint else None
+  own = student_of(checkpoint, rec) if checkpoint else None
   frozen = stages.serving(config, rec, 'text', 'teacher', 'vae')
   make = sample.teacher(
     rec, rec.teacher, frozen, recipe.latent_shape(config), config.evaluate.guidance
@@ -247,7 +247,12 @@ def shipped(config: ConfigDict, rec: Recipe, checkpoint: str | None) -> list[Met
   ]
 
 
-def _student_of(checkpoint: str, rec: Recipe) -> PyTree:
+def student_of(checkpoint: str, rec: Recipe) -> PyTree:
+  """The student of a run or an exported file, for the networks of `rec`.
+
+  Raises:
+    InputError: nothing there, damaged, or of another size.
+  """
   params = sample.load(checkpoint)[2]
   try:
     convert.check(params, weights.shapes('dit', rec.model))

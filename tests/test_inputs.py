@@ -1,12 +1,25 @@
 """Bad input ends in one clear sentence and exit code 2, before anything is computed, and nothing is lost."""
 
+import json
+import logging
 import pathlib
+import shutil
+import subprocess
+import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
+import safetensors.numpy
 from absl import flags
 
-from salt_jax import cli, evaluate, sample, train
-from salt_jax.errors import InputError
+from configs import base, causal_init, pretrain, selfforcing
+from salt_jax import cli, convert, evaluate, main, recipe, sample, stages, train, weights
+from salt_jax.checkpoint import Checkpoints, write_config
+from salt_jax.checks import check_batch
+from salt_jax.errors import InputError, NonFiniteError
 from tests import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -124,19 +137,358 @@ WRONG_COMMANDS = {
 }
 
 
-def _define_main():
-  flags.DEFINE_string('workdir', None, '')
-  cli.define_config('')
+
+@pytest.fixture
+def programs():
+  """Programs run in this process; afterwards flags and log are as before."""
+  known, logger = set(flags.FLAGS), logging.getLogger('salt_jax')
+  handlers = list(logger.handlers)
+  yield {'main': main, 'sample': sample, 'evaluate': evaluate}
+  for name in set(flags.FLAGS) - known:
+    delattr(flags.FLAGS, name)
+  flags.FLAGS.unparse_flags()
+  logger.handlers, logger.propagate = handlers, True
 
 
-def _main():
-  if flags.FLAGS.config is None:
-    raise InputError('pass an experiment, such as --config=configs/selfforcing.py:nano.')
-  train.run(flags.FLAGS.config, flags.FLAGS.workdir or 'runs/unused')
+@pytest.mark.parametrize(
+  'name, args, sentence', [(name, *case) for name, cases in WRONG_COMMANDS.items() for case in cases]
+)
+def test_a_wrong_command_is_refused_in_a_sentence(name, args, sentence, programs, monkeypatch, capsys, tmp_path):
+  args = [arg.format(tmp=tmp_path) for arg in args]
+  monkeypatch.setattr(sys, 'argv', [name, *args])
+  monkeypatch.chdir(ROOT)
+  with pytest.raises(SystemExit) as stop:
+    cli.run(programs[name].program, programs[name].define_flags)
+  lines = capsys.readouterr().err.splitlines()
+  assert stop.value.code == 2 and len(lines) == 1, lines
+  assert lines[0].startswith('salt_jax: ') and sentence in lines[0]
 
 
-PROGRAMS = {
-  'main': (_main, _define_main),
-  'sample': (sample.program, sample.define_flags),
-  'evaluate': (evaluate.program, evaluate.define_flags),
+@pytest.mark.parametrize(
+  'args, words',
+  [
+    (['main', NANO, '--config.nosuch=1'], ['has no key "nosuch"']),
+    (['main', NANO, '--config.video.frames=80'], ['video.frames=80 must be 4n + 1, such as 81.']),
+    (['sample', '--checkpoint=configs', '--prompt=a bag'], ['configs has no config.json']),
+    (
+      ['main', '--config={root}/configs/selfforcing.py'],
+      [
+        *('selfforcing-1.3b needs weights that are not there: ', '--config=configs/selfforcing.py:nano runs'),
+        *('weights/Wan2.1_VAE.safetensors (weights.vae)', 'weights/Wan2.1-T2V-14B.safetensors (weights.teacher)'),
+        *('weights/models_t5_umt5-xxl-enc-bf16.safetensors (weights.text)', '(weights.critic)', '(weights.init)'),
+      ],
+    ),
+  ],
+)
+def test_a_process_ends_with_one_line_and_code_2(args, words, tmp_path):
+  program, *rest = args
+  rest = [arg.format(root=ROOT) for arg in rest]
+  cwd = tmp_path if 'root' in ''.join(args) else ROOT
+  done = subprocess.run(
+    [sys.executable, '-m', f'salt_jax.{program}', *rest], cwd=cwd, capture_output=True, text=True, timeout=120
+  )
+  assert done.returncode == 2 and not done.stdout
+  (line,) = done.stderr.splitlines()
+  assert line.startswith('salt_jax: ') and all(word in line for word in words), line
+  assert not list(tmp_path.rglob('*.json')), 'a refused start must not claim its workdir'
+
+
+def test_a_mistake_in_the_code_of_a_config_keeps_its_traceback(programs, monkeypatch, tmp_path):
+  (tmp_path / 'own.py').write_text("def get_config():\n  return int('x')\n")
+  monkeypatch.setattr(sys, 'argv', ['main', f'--config={tmp_path}/own.py'])
+  with pytest.raises(flags.IllegalFlagValueError, match='own.py'):
+    cli.run(main.program, main.define_flags)
+
+
+# Configs.
+
+
+@pytest.mark.parametrize(
+  'arg, sentence',
+  [
+    ('nanoo', '"nanoo" is unknown; known are: big, fast, nano, size=, steps=.'),
+    ('size=small', 'size=small is not one of nano, big.'),
+    ('steps=x', 'steps=x must be of type int.'),
+    ('steps', '"steps" is unknown'),
+    ('nano,size=big', '"size" is given twice in "nano,size=big".'),
+    ('fast=3', 'fast=3 must be true or false.'),
+  ],
+)
+def test_arguments_of_configs_are_typed(arg, sentence):
+  with pytest.raises(InputError) as error:
+    base.parse_arg(arg, size=('nano', 'big'), steps=3, fast=False)
+  assert sentence in _sentence(error)
+
+
+STAGES = {
+  'selfforcing': lambda: selfforcing.get_config('nano'),
+  'ode': lambda: causal_init.get_config('nano'),
+  'vae': lambda: pretrain.get_config('vae'),
+  'teacher': lambda: pretrain.get_config('teacher'),
 }
+
+
+def test_the_configs_that_ship_are_accepted():
+  for make in STAGES.values():
+    recipe.build(make())
+  for size in ('1.3b', '14b'):
+    recipe.build(selfforcing.get_config(size))
+    recipe.build(causal_init.get_config(size))
+
+
+@pytest.mark.parametrize(
+  'stage, changes, sentence',
+  [
+    ('selfforcing', {'model.dim': 130}, 'dim 130 does not divide into 4 heads of even width.'),
+    ('selfforcing', {'model.heads': 0}, 'model.heads=0 must be positive.'),
+    ('selfforcing', {'model.in_channels': 4}, 'model.in_channels=4 must equal vae.z_dim=16.'),
+    ('selfforcing', {'teacher.text_dim': 32}, 'teacher.text_dim=32 must equal text.dim=64.'),
+    ('selfforcing', {'text.heads': 3}, 'dim_attn 64 does not divide into 3 heads.'),
+    ('selfforcing', {'rollout.chunk': 4}, '21 latent frames do not divide into chunks of 4.'),
+    ('selfforcing', {'rollout.chunk': 0}, 'rollout.chunk=0 must be positive.'),
+    ('selfforcing', {'rollout.frames': 18}, 'rollout.frames=18 but video.frames=81 make 21 latent frames.'),
+    ('selfforcing', {'rollout.window': 3}, 'window 3 is too short: it must exceed sink 0 + chunk 3.'),
+    ('selfforcing', {'rollout.window': 6, 'rollout.sink': 3}, 'window 6 is too short: it must exceed sink 3'),
+    ('selfforcing', {'rollout.mode': 'ddim'}, 'rollout mode "ddim" is unknown: choose sde or ode.'),
+    ('selfforcing', {'video.frames': 80}, 'video.frames=80 must be 4n + 1, such as 81.'),
+    ('selfforcing', {'video.height': 72, 'video.width': 72}, 'video.height=72 must be a multiple of 16.'),
+    ('selfforcing', {'video.width': 32}, 'video.height=64 and video.width=32 must be equal'),
+    ('selfforcing', {'schedule.probs': (0.9,)}, 'schedule.probs (0.9,) must be positive and sum to 1.'),
+    ('selfforcing', {'schedule.probs': (1.5, -0.5)}, 'schedule.probs=1.5 must be between 0 and 1.'),
+    ('selfforcing', {'schedule.steps': (4, 2)}, 'schedule.probs (1.0,) differ in length.'),
+    ('selfforcing', {'schedule.steps': ('abc',)}, 'schedule.steps=abc must be a number, positive.'),
+    ('selfforcing', {'evaluate.steps': (4, 9)}, 'evaluate.steps=(4, 9) must not exceed 8.'),
+    ('selfforcing', {'export_dtype': 'float8'}, 'export_dtype=float8 is unknown: choose one of float32, '),
+    ('selfforcing', {'log.every': 0}, 'log.every=0 must be positive.'),
+    ('selfforcing', {'generator_every': 0}, 'generator_every=0 must be positive.'),
+    ('selfforcing', {'dmd.t_min': 990.0}, 'dmd.t_min=990.0 must be below dmd.t_max=980.0'),
+    ('selfforcing', {'ema.decay': 1.5}, 'ema.decay=1.5 must be between 0 and 1.'),
+    ('selfforcing', {'optim.critic.clip': 0.0}, 'clip=0.0: the largest gradient norm must be positive.'),
+    ('selfforcing', {'optim.critic.schedule': 'step'}, "schedule 'step' is unknown; use 'constant' or 'cosine'."),
+    ('ode', {'pairs.steps': 50}, "pairs.steps=50 must be a multiple of the student's 4 steps."),
+    ('ode', {'pairs.count': 100}, 'pairs.count=100 must be a multiple of pairs.batch=64.'),
+    ('teacher', {'latents.count': 100}, 'latents.count=100 must be a multiple of latents.batch=64.'),
+    ('teacher', {'optim.dit.warmup': 20000}, 'leaves nothing after warmup=20000; raise total or lower warmup.'),
+    ('vae', {'data.frames': 20}, 'data.frames=20 must be 4n + 1, such as 21.'),
+    ('vae', {'statistics_clips': 6}, 'statistics_clips=6 must be a multiple of 4.'),
+  ],
+)
+def test_values_that_do_not_fit_are_refused_before_anything_starts(stage, changes, sentence, tmp_path):
+  config = STAGES[stage]()
+  config.update_from_flattened_dict(changes)
+  with pytest.raises(InputError) as error:
+    train.run(config, str(tmp_path / 'run'))
+  assert sentence in _sentence(error)
+  assert not (tmp_path / 'run').exists()
+
+
+def test_sections_of_another_version_are_named():
+  config = selfforcing.get_config('nano')
+  config.model.depth = 3
+  with pytest.raises(InputError, match='section "model" has the unknown depth.'):
+    recipe.build(config)
+  del config.model.depth, config.text.layers
+  with pytest.raises(InputError, match='section "text" lacks the layers.'):
+    recipe.build(config)
+
+
+def test_a_batch_must_divide_over_the_devices():
+  mesh = jax.sharding.AbstractMesh((2, 4, 1, 1), ('data', 'fsdp', 'context', 'tensor'))
+  check_batch(16, mesh)
+  with pytest.raises(InputError, match='batch=12 cannot be split over data x fsdp = 8 shards; make it a multiple of 8'):
+    check_batch(12, mesh)
+
+
+@pytest.mark.parametrize(
+  'changes, words', [({'stage': 'gan'}, 'choose one of'), ({'data.kind': 'x'}, 'choose captions')]
+)
+def test_unknown_kinds_are_refused(folder, changes, words, tmp_path):
+  config = tiny_config.get_config(folder)
+  config.update_from_flattened_dict(changes)
+  with pytest.raises(InputError, match=words):
+    train.run(config, str(tmp_path))
+
+
+# Files.
+
+
+def _spoil(path: pathlib.Path, how: str) -> None:
+  match how:
+    case 'missing':
+      path.unlink()
+    case 'truncated':
+      path.write_bytes(path.read_bytes()[:-100])
+    case 'text':
+      path.write_text('version https://git-lfs.github.com/spec/v1')
+    case 'nan':
+      tensors = convert.load_safetensors(path)
+      name = sorted(tensors)[0]
+      tensors[name] = np.full_like(tensors[name], np.nan)
+      path.unlink()
+      safetensors.numpy.save_file(tensors, str(path))
+    case 'incomplete':
+      tensors = convert.load_safetensors(path)
+      del tensors[sorted(tensors)[0]]
+      convert.save_safetensors(path, tensors)
+
+
+@pytest.mark.parametrize(
+  'name, how, words',
+  [
+    ('init', 'missing', 'needs weights that are not there: '),
+    ('vae', 'missing', 'needs weights that are not there: '),
+    ('init', 'truncated', 'is cut short or damaged; copy or download it again.'),
+    ('vae', 'truncated', 'is cut short or damaged; copy or download it again.'),
+    ('teacher', 'text', 'is not a safetensors file; give one, or convert yours first.'),
+    ('text', 'nan', 'holds NaN or infinite numbers in '),
+    ('teacher', 'incomplete', 'the dit weights lack blocks.0.'),
+  ],
+)
+def test_a_bad_weights_file_is_named_before_training(folder, tmp_path, name, how, words):
+  files = shutil.copytree(folder, tmp_path / 'weights')
+  _spoil(files / f'{name}.safetensors', how)
+  config = tiny_config.get_config(str(files))
+  config.evaluate.clips = 2
+  with pytest.raises(InputError) as error:
+    train.run(config, str(tmp_path / 'run'))
+  assert words in _sentence(error) and f'{name}.safetensors' in str(error.value)
+  assert not (tmp_path / 'run' / 'config.json').exists()
+
+
+def test_weights_of_another_size_are_refused(folder):
+  config = tiny_config.get_config(folder)
+  config.model.dim = 64
+  with pytest.raises(InputError, match=r'init.safetensors: a checkpoint of another size: .* but the config asks for'):
+    weights.load(config.weights.init, 'dit', recipe.build(config).model)
+
+
+def _state_of(rec, value):
+  return jax.tree.map(lambda x: jnp.full(x.shape, value, x.dtype), weights.shapes('dit', rec.model))
+
+
+@pytest.fixture(scope='module')
+def run_of_two(folder, tmp_path_factory):
+  """A workdir that holds a checkpoint of step 2, as `sample.load` and a restart find it."""
+  workdir = tmp_path_factory.mktemp('run')
+  config = tiny_config.get_config(folder)
+  rec = recipe.build(config)
+  params = {'generator': _state_of(rec, 0.5)}
+  write_config(str(workdir), config)
+  checkpoints = Checkpoints(str(workdir / 'checkpoints'))
+  checkpoints.save(2, {'state': {'params': params}, 'ema': params}, {'data_step': 2}, force=True)
+  checkpoints.close()
+  return workdir, config
+
+
+def test_a_workdir_belongs_to_its_config(run_of_two):
+  workdir, config = run_of_two
+  config = config.copy_and_resolve_references()
+  config.dmd.guidance = 9.0
+  with pytest.raises(InputError) as error:
+    train.run(config, str(workdir))
+  assert 'config.dmd.guidance is 9.0, but the run in' in _sentence(error)
+  assert 'has 3.0: pass another --workdir or the same config.' in str(error.value)
+  assert json.loads((workdir / 'config.json').read_text())['dmd']['guidance'] == 3.0
+
+
+@pytest.mark.parametrize(
+  'change, words',
+  [
+    (lambda run: shutil.rmtree(run / 'checkpoints'), 'there is no checkpoint folder'),
+    (lambda run: shutil.rmtree(run / 'checkpoints' / '2'), 'holds no finished checkpoint; train until one is saved.'),
+    (lambda run: (run / 'config.json').unlink(), 'has no config.json: pass the workdir of a run'),
+    (lambda run: (run / 'config.json').write_text('{"a": '), 'config.json is damaged'),
+    (lambda run: (run / 'config.json').write_text('{"a": 1}'), 'is no run of salt_jax: its config names no stage.'),
+  ],
+)
+def test_what_is_no_checkpoint_is_refused(run_of_two, tmp_path, change, words):
+  run = shutil.copytree(run_of_two[0], tmp_path / 'run')
+  assert sample.load(str(run))[1].model.dim == tiny_config.DIT['dim']
+  change(run)
+  with pytest.raises(InputError) as error:
+    sample.load(str(run))
+  assert words in _sentence(error)
+
+
+def test_a_checkpoint_of_another_size_is_refused(run_of_two, tmp_path):
+  run = shutil.copytree(run_of_two[0], tmp_path / 'run')
+  config = run_of_two[1].copy_and_resolve_references()
+  config.model.dim = 64
+  (run / 'config.json').unlink()
+  write_config(str(run), config)
+  with pytest.raises(InputError, match='holds .* at ema/.* but the config asks for .*: pass the config it was trained'):
+    sample.load(str(run))
+
+
+def test_a_student_of_another_size_is_not_judged(run_of_two):
+  with pytest.raises(InputError, match='--config do not fit: a checkpoint of another size'):
+    evaluate.student_of(str(run_of_two[0]), recipe.build(selfforcing.get_config('nano')))
+
+
+# Prompts.
+
+
+@pytest.mark.parametrize(
+  'prompt, words',
+  [
+    ('', 'prompt is empty; write a caption'),
+    (' . ', 'prompt is empty; write a caption'),
+    ('a red snaeker moves left', "the word 'snaeker' in prompt 'a red snaeker moves left' is not in the vocabulary"),
+    ('a ' * 16, 'has 16 words but the limit is 15; shorten it.'),
+  ],
+)
+def test_prompts_are_refused_before_anything_is_compiled(
+  run_of_two, programs, monkeypatch, capsys, tmp_path, prompt, words
+):
+  args = [f'--checkpoint={run_of_two[0]}', f'--prompt={prompt}', f'--output={tmp_path}/out.webp']
+  monkeypatch.setattr(sys, 'argv', ['sample', *args])
+  monkeypatch.setattr(sample, 'student', lambda *_: pytest.fail('sampling began'))
+  with pytest.raises(SystemExit) as stop:
+    cli.run(programs['sample'].program, programs['sample'].define_flags)
+  (line,) = capsys.readouterr().err.splitlines()
+  assert stop.value.code == 2 and words in line
+  assert not list(tmp_path.iterdir())
+
+
+# Numbers that run away.
+
+
+def _stage_that_breaks_at(broken: int, finite_loss: bool):
+  """A stage of one parameter whose update is NaN at one step, with or without the loss showing it."""
+  params = {'generator': {'kernel': np.ones((4, 4), np.float32)}}
+
+  def run(state, frozen, batch, n, *, recipe):
+    bad = jnp.where(n == broken - 1, jnp.nan, 1.0)
+    params = jax.tree.map(lambda x: x * bad, state.params)
+    loss = 1.0 if finite_loss else bad
+    return state.replace(params=params), {'loss': jnp.float32(loss), 'param_norm': optax.tree.norm(params)}
+
+  spec = stages.StepSpec('generator', run, 1, lambda feed: iter([{'index': np.arange(8)}] * 99))
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+  return stages.Stage(shapes, lambda: params, {}, ('generator',), (spec,))
+
+
+@pytest.mark.parametrize(
+  'broken, finite_loss, term, kept',
+  [(1, False, 'loss', None), (4, False, 'loss', 2), (5, False, 'loss', 4), (4, True, 'param_norm', 2)],
+)
+def test_the_first_number_that_is_not_finite_stops_the_run(
+  folder, tmp_path, monkeypatch, broken, finite_loss, term, kept
+):
+  config = tiny_config.get_config(folder)
+  config.optim = {'generator': config.optim.generator}
+  monkeypatch.setattr(stages, 'build', lambda *_: _stage_that_breaks_at(broken, finite_loss))
+  with pytest.raises(NonFiniteError) as error:
+    train.run(config, str(tmp_path))
+  last = 'the last good checkpoint is step' if kept else 'there is no checkpoint'
+  assert f'step {broken}: generator/{term} is nan; stopped, {last}' in _sentence(error)
+  steps = [int(p.name) for p in (tmp_path / 'checkpoints').iterdir() if p.name.isdigit()]
+  assert max(steps, default=None) == kept and not (tmp_path / 'export').exists()
+  lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+  assert [json.loads(line)['step'] for line in lines] == list(range(1, broken))
+  if kept:
+    checkpoints = Checkpoints(str(tmp_path / 'checkpoints'), keep=4)
+    kernel = jax.ShapeDtypeStruct((4, 4), np.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    got = checkpoints.restore(kept, {'ema': {'generator': {'kernel': kernel}}})
+    checkpoints.close()
+    assert np.isfinite(got['ema']['generator']['kernel']).all()
