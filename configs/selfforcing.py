@@ -1,31 +1,57 @@
-"""Distils a causal student on its own rollouts (Self Forcing): DMD with a critic, cache and random exits.
+"""Distils a causal student on its own rollouts: DMD with a critic and a cache, and what Salt adds.
 
   python -m salt_jax.main --config=configs/selfforcing.py:nano
+  python -m salt_jax.main --config=configs/selfforcing.py:nano,method=dmd
 
 `nano` runs here and now, from the weights that ship with the package. Without an argument it is Wan 2.1 1.3B with the
 14B teacher on a TPU slice, by the released recipe, and asks for their weights.
+
+method=   salt      mixed steps, consistency, alignment to a denser-step reference (the default)
+          mixed_sc  mixed steps and consistency
+          mixed     mixed steps
+          sc        eight steps and consistency; the paper reports that this alone hurts an autoregressive student
+          dmd       four steps: Self Forcing
+backbone= self_forcing, causal_forcing (another init, alignment from step 700) or longlive (window 12, sink 3)
 """
 
 from configs import base
 
+METHODS = ('salt', 'mixed_sc', 'mixed', 'sc', 'dmd')
+BACKBONES = ('self_forcing', 'causal_forcing', 'longlive')
+# First step of the alignment, and how its noise is coupled, in the released recipes.
+ALIGNMENT = {
+  'self_forcing': (1000, 'independent'),
+  'causal_forcing': (700, 'aligned_b'),
+  'longlive': (1200, 'aligned_b'),
+}
+
 
 def get_config(arg=None):
-  arg = base.parse_arg(arg, size=('1.3b', 'nano', '14b'))
+  arg = base.parse_arg(
+    arg, size=('1.3b', 'nano', '14b'), method=METHODS, backbone=BACKBONES, chunk=3
+  )
   nano = arg.size == 'nano'
   config = base.common(
-    name=f'selfforcing-{arg.size}',
+    name=f'selfforcing-{arg.size}' + ('' if arg.method == 'salt' else f'-{arg.method}'),
     stage='selfforcing',
     size=arg.size,
-    total_steps=120 if nano else 600,
+    total_steps=120 if nano else 2000,
     batch=4 if nano else 64,
   )
   config.model = base.dit(arg.size)
   config.teacher = base.dit('nano' if nano else '14b')
-  config.rollout = base.rollout(arg.size)
-  # Step counts of a rollout, how often each is drawn, and the shift of their levels.
-  config.schedule = dict(steps=(4,), probs=(1.0,), shift=5.0)
-  config.losses = dict(dmd=1.0)
-  config.dmd = dict(guidance=3.0, shift=5.0, t_min=20.0, t_max=980.0)
+  window = dict(window=12, sink=3) if arg.backbone == 'longlive' else {}
+  config.rollout = base.rollout(arg.size, chunk=arg.chunk, **window)
+  config.schedule = schedule(arg.method)
+  config.losses = dict(
+    dmd=1.0,
+    consistency=0.2 if arg.method in ('salt', 'mixed_sc', 'sc') else 0.0,
+    alignment=0.1 if arg.method == 'salt' else 0.0,
+  )
+  config.update(base.terms(config.teacher.layers))
+  config.reference.start, config.reference.coupling = ALIGNMENT[arg.backbone]
+  if nano:
+    config.reference.start = 0
   config.generator_every = 2 if nano else 5  # critic updates per generator update
   config.optim = dict(
     generator=base.adamw(2e-4 if nano else 2e-6, b1=0.0),
@@ -34,7 +60,18 @@ def get_config(arg=None):
   config.ema = dict(
     decay=0.95 if nano else 0.99, start=0 if nano else 200
   )  # start counts critic updates
+  if not nano and arg.backbone == 'causal_forcing':
+    config.weights.init = f'weights/causal_forcing_init_{arg.size}.safetensors'
   config.data = dict(kind='captions' if nano else 'prompts', path='' if nano else 'prompts.txt')
   # At the end: judged clips of held-out images and captions, and rows of the picture.
   config.evaluate = dict(clips=16, rows=4, steps=(4, 2), teacher_steps=24, guidance=4.0)
   return config
+
+
+def schedule(method: str) -> dict:
+  """Step counts of a rollout, how often each is drawn, and the shift of their levels."""
+  if method == 'dmd':
+    return dict(steps=(4,), probs=(1.0,), shift=5.0)
+  if method == 'sc':
+    return dict(steps=(8,), probs=(1.0,), shift=5.0)
+  return dict(steps=(8, 4, 2), probs=(0.4, 0.4, 0.2), shift=5.0)

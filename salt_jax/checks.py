@@ -32,6 +32,7 @@ _POSITIVE = (
   'rollout.chunk',
   'schedule.steps',
   'schedule.shift',
+  'triples.segments',
   *(f'{dit}.{size}' for dit in ('model', 'teacher') for size in ('dim', 'heads', 'layers')),
   'pairs.count',
   'pairs.steps',
@@ -51,6 +52,16 @@ _NATURAL = (
   'rollout.window',
   'evaluate.clips',
   'statistics_clips',
+  'losses.dmd',
+  'losses.consistency',
+  'losses.alignment',
+  'consistency.warmup',
+  'triples.candidates',
+  'triples.first_step',
+  'triples.last_step',
+  'reference.start',
+  'alignment.layer',
+  'alignment.margin',
 )
 _SHARES = ('ema.decay', 'text_dropout', 'rollout.context_noise', 'schedule.probs')
 _DIVIDED = (('pairs.count', 'pairs.batch'), ('latents.count', 'latents.batch'))
@@ -79,6 +90,8 @@ def check(config: ConfigDict) -> None:
     raise InputError(
       f'dmd.t_min={config.dmd.t_min} must be below dmd.t_max={config.dmd.t_max}, both between 0 and {TRAIN_STEPS}.'
     )
+  if 'losses' in config:
+    _check_terms(config)
   if config.stage in ('ode', 'selfforcing') and max(_values(config, 'evaluate.steps')) > MAX_STEPS:
     raise InputError(f'evaluate.steps={config.evaluate.steps} must not exceed {MAX_STEPS}.')
   if 'pairs' in config and config.pairs.steps % config.schedule.steps[0]:
@@ -102,7 +115,12 @@ def section(cls: type, config: ConfigDict, name: str) -> Any:
   for word, keys in (('has the unknown', given - known), ('lacks the', needed - given)):
     if keys:
       raise InputError(f'the config section "{name}" {word} {", ".join(sorted(keys))}.')
-  return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in config[name].items()})
+  return cls(**{key: _tuples(v) for key, v in config[name].items()})
+
+
+def _tuples(value: Any) -> Any:
+  """Lists, which is what tuples become in a file, as tuples again."""
+  return tuple(_tuples(v) for v in value) if isinstance(value, list | tuple) else value
 
 
 def _values(config: ConfigDict, path: str) -> tuple:
@@ -143,6 +161,45 @@ def _check_dit(config: ConfigDict, name: str) -> None:
   for key, other, value in pairs:
     if key in model and model[key] != value:
       raise InputError(f'{name}.{key}={model[key]} must equal {other}={value}.')
+
+
+def _check_terms(config: ConfigDict) -> None:
+  """The loss terms: known, at least one, and each with a schedule on which it can be active."""
+  known = ('dmd', 'consistency', 'alignment')
+  for name in config.losses:
+    if name not in known:
+      raise InputError(f'losses.{name} is unknown: choose from {", ".join(known)}.')
+  if not any(config.losses.values()):
+    raise InputError('losses has no term with a weight above 0; give one, such as losses.dmd=1.0.')
+  steps = _values(config, 'schedule.steps')
+  if config.losses.get('consistency', 0):
+    for k in _values(config, 'triples.steps'):
+      _check_known_steps('triples.steps', k, steps)
+      if k % config.triples.segments:
+        raise InputError(
+          f'triples.segments={config.triples.segments} puts boundaries off the grid of {k} steps: '
+          f'choose a divisor of {k}.'
+        )
+  if config.losses.get('alignment', 0):
+    for k, _ in config.reference.map:
+      _check_known_steps('reference.map', k, steps)
+    if config.rollout.chunk == config.rollout.frames:
+      raise InputError(
+        'losses.alignment needs a causal student: set rollout.chunk below rollout.frames, or losses.alignment=0.'
+      )
+    network = 'teacher' if config.alignment.network == 'teacher' else 'model'
+    if config.alignment.layer >= config[network].layers:
+      raise InputError(
+        f'alignment.layer={config.alignment.layer} is not in the {config.alignment.network}, whose '
+        f'{config[network].layers} blocks count from 0; half depth is {config[network].layers // 2}.'
+      )
+
+
+def _check_known_steps(key: str, k: int, steps: tuple) -> None:
+  if k not in steps:
+    raise InputError(
+      f'{key} names {k} steps, but schedule.steps has {steps}: add {k} there or drop it.'
+    )
 
 
 def _check_clips(config: ConfigDict) -> None:

@@ -72,6 +72,18 @@ class Progress:
     return '  '.join(parts)
 
 
+def without_inactive(scalars: Mapping[str, float]) -> dict[str, float]:
+  """Drops what belongs to a term that slept: for 'STEP/active_TERM' 0 its 'STEP/loss_TERM' and 'STEP/TERM_…'."""
+  asleep = tuple(
+    f'{step}/{prefix}'
+    for name, value in scalars.items()
+    for step, _, term in [name.partition('/active_')]
+    if term and not value
+    for prefix in (f'loss_{term}', f'{term}_')
+  )
+  return {name: value for name, value in scalars.items() if not name.startswith(asleep)}
+
+
 def assert_finite(
   step: int, scalars: Mapping[str, float], last_good: int | None, folder: str
 ) -> None:

@@ -4,18 +4,18 @@ Here and nowhere else are config fields read by name, so an unknown or missing o
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from salt_jax.checks import check, section
-from salt_jax.diffusion import flow
-from salt_jax.diffusion.rollout import Chunking, Plan
+from salt_jax.diffusion import draws, flow
+from salt_jax.diffusion.draws import ReferenceConfig, Schedule, TripleConfig
+from salt_jax.diffusion.rollout import Chunking, Plan, student_plan
 from salt_jax.errors import InputError
+from salt_jax.losses.alignment import AlignmentConfig
+from salt_jax.losses.consistency import ConsistencyConfig
 from salt_jax.losses.dmd import DMDConfig
 from salt_jax.models.cache import slots_needed
 from salt_jax.models.text import TextConfig
@@ -24,27 +24,6 @@ from salt_jax.models.wan import PATCH, WanConfig
 from salt_jax.optim import make_optimizer
 
 SPACE, TIME = 8, 4  # compression of the VAE
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-  """Step counts of a student's rollouts, the probability of each, and the shift of their levels."""
-
-  steps: tuple[int, ...]
-  probs: tuple[float, ...]
-  shift: float
-
-  def __post_init__(self):
-    if len(self.steps) != len(self.probs):
-      raise InputError(
-        f'schedule.steps {self.steps} and schedule.probs {self.probs} differ in length.'
-      )
-    if not math.isclose(sum(self.probs), 1.0, abs_tol=1e-6) or min(self.probs) < 0:
-      raise InputError(f'schedule.probs {self.probs} must be positive and sum to 1.')
-
-  def table(self) -> np.ndarray:
-    """Levels of each step count, padded to one length: `[len(steps), max(steps) + 1]`."""
-    return np.stack([flow.padded_sigmas(k, self.shift, max(self.steps) + 1) for k in self.steps])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +43,10 @@ class Recipe:
   schedule: Schedule | None = None
   losses: Mapping | None = None
   dmd: DMDConfig | None = None
+  consistency: ConsistencyConfig | None = None
+  triples: TripleConfig | None = None
+  alignment: AlignmentConfig | None = None
+  reference: ReferenceConfig | None = None
   l1_weight: float | None = None
   kl_weight: float | None = None
   text_dropout: float | None = None
@@ -94,12 +77,28 @@ def build(config: ConfigDict) -> Recipe:
     fields['chunking'] = chunking(config)
     fields['schedule'] = section(Schedule, config, 'schedule')
   if 'losses' in config:
-    fields['losses'] = dict(config.losses)
-    fields['dmd'] = section(DMDConfig, config, 'dmd')
+    fields |= _terms(config)
   for name in ('l1_weight', 'kl_weight', 'text_dropout', 'flow_shift'):
     if name in config:
       fields[name] = config[name]
   return Recipe(**fields)
+
+
+def _terms(config: ConfigDict) -> dict:
+  """The loss terms whose weight is not zero, and what they need."""
+  losses = {name: weight for name, weight in config.losses.items() if weight}
+  fields = {'losses': losses, 'dmd': section(DMDConfig, config, 'dmd')}
+  if 'consistency' in losses:
+    cfg = section(ConsistencyConfig, config, 'consistency')
+    # Where the weight of pure noise is zero, its second pass is spared.
+    fields['triples'] = dataclasses.replace(
+      section(TripleConfig, config, 'triples'), skip_first=cfg.weight != 'none'
+    )
+    fields['consistency'] = cfg
+  if 'alignment' in losses:
+    fields['alignment'] = section(AlignmentConfig, config, 'alignment')
+    fields['reference'] = section(ReferenceConfig, config, 'reference')
+  return fields
 
 
 def latent_shape(config: ConfigDict) -> tuple[int, int, int, int]:
@@ -155,14 +154,10 @@ def chunking(config: ConfigDict, frames: int | None = None) -> Chunking:
 def full_plan(recipe: Recipe, steps: int) -> Plan:
   """A rollout that takes all of `steps` steps: what inference does."""
   sigmas = jnp.asarray(flow.padded_sigmas(steps, recipe.schedule.shift, steps + 1))
-  return Plan(chunking=recipe.chunking, sigmas=sigmas, exit=jnp.int32(steps - 1))
+  return student_plan(recipe.chunking, sigmas, jnp.int32(steps - 1))
 
 
-def draw_plan(recipe: Recipe, key) -> Plan:
-  """A random step count and a uniform exit below it, as arrays: no draw recompiles."""
-  count_key, exit_key = jax.random.split(key)
-  schedule = recipe.schedule
-  which = jax.random.choice(count_key, len(schedule.steps), p=jnp.asarray(schedule.probs))
-  steps = jnp.asarray(schedule.steps)[which]
-  exit_step = jax.random.randint(exit_key, (), 0, steps)
-  return Plan(chunking=recipe.chunking, sigmas=jnp.asarray(schedule.table())[which], exit=exit_step)
+def draw(recipe: Recipe, key, n, *, terms: bool = True) -> draws.Draw:
+  """What step n draws from its key; without `terms`, a rollout alone."""
+  triples, reference = (recipe.triples, recipe.reference) if terms else (None, None)
+  return draws.draw(key, n, recipe.schedule, recipe.chunking, triples, reference)

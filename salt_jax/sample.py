@@ -50,7 +50,7 @@ def student(rec: Recipe, frozen: PyTree) -> Callable[[PyTree, int], Sampler]:
   @jax.jit
   def run(params, frozen, sigmas, exit_step, batch):
     ids, mask, index = batch
-    plan = rollout.Plan(rec.chunking, sigmas, exit_step)
+    plan = rollout.student_plan(rec.chunking, sigmas, exit_step)
     text = encode(frozen, ids, mask, rec)
     return rollout.rollout(wan.bind(rec.model), params, _keys(rec, index), text, plan).x0
 

@@ -4,22 +4,30 @@
 All randomness of step n comes from `fold_in(seed, n)` and an example's index in the global batch.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from salt_jax import optim
 from salt_jax.diffusion import flow
-from salt_jax.diffusion.rollout import exit_x0, rollout
+from salt_jax.diffusion.draws import Draw
+from salt_jax.diffusion.rollout import Trace, rollout, velocity
+from salt_jax.losses.alignment import alignment_loss, when
+from salt_jax.losses.consistency import consistency_loss, ramp
 from salt_jax.losses.dmd import Fns, critic_loss, dmd_loss
 from salt_jax.losses.reconstruction import vae_loss
 from salt_jax.losses.regression import flow_matching_loss, ode_loss
 from salt_jax.models import text as text_model
 from salt_jax.models import wan
-from salt_jax.recipe import Recipe, draw_plan
+from salt_jax.recipe import Recipe, draw
 from salt_jax.state import TrainState
 
 _STREAMS = {'generator': 0, 'critic': 1, 'vae': 2, 'dit': 3}
+_FEATURES = (
+  2**20
+)  # key of the noise that features are taken at; frames, which fold in too, stay below
 
 
 def step_keys(recipe: Recipe, n: Int[Array, ''], stream: str, index: Int[Array, 'b']):
@@ -78,28 +86,82 @@ def generator_step(
   shared, keys = step_keys(recipe, n, 'generator', batch['index'])
   rollout_keys, loss_keys = _split(keys)
   text = encode(frozen, batch['ids'], batch['mask'], recipe)
-  texts = (text, unconditional(frozen, text.shape[0], recipe))
-  plan = draw_plan(recipe, shared)
+  drawn = draw(recipe, shared, n)
   apply = wan.bind(recipe.model)
-  rolled = rollout(apply, state.params['generator'], rollout_keys, text, plan)
-  fns = Fns(
-    teacher=_model(recipe.teacher, frozen['teacher'], wan.Clip()),
-    critic=_model(recipe.model, state.params['critic'], wan.Clip()),
+  rolled = rollout(apply, state.params['generator'], rollout_keys, text, drawn.plan)
+  ask = functools.partial(
+    velocity, apply, text=text, cache=rolled.cache, chunk=recipe.chunking.chunk
   )
 
   def loss_fn(params):
-    x0 = exit_x0(apply, params, text, rolled, recipe.chunking.chunk)
-    terms = {'dmd': lambda: dmd_loss(fns, x0, texts, loss_keys, recipe.dmd)}
+    v = ask(params, rolled.trace)
+    x0 = flow.x0_from_velocity(rolled.trace.x, v, rolled.trace.sigma)
+    terms = {
+      'dmd': lambda: _dmd(state, frozen, x0, text, loss_keys, recipe),
+      'consistency': lambda: _consistency(state, ask, params, (rolled.trace.x, v), drawn, recipe),
+      'alignment': lambda: _alignment(
+        state, frozen, x0, (text, rollout_keys, rolled), drawn, recipe
+      ),
+    }
     total, aux = 0.0, {}
     for name, weight in recipe.losses.items():
-      per_example, extra = terms[name]()
+      per_example, active, extra = terms[name]()
+      if name == 'consistency':
+        weight = weight * ramp(n, recipe.consistency.warmup)
       total += weight * per_example.mean()
-      aux |= {f'loss_{name}': per_example, f'active_{name}': jnp.ones(())} | extra
+      aux |= {f'loss_{name}': per_example, f'active_{name}': jnp.float32(active)} | extra
     return total, aux
 
   grads, aux = jax.grad(loss_fn, has_aux=True)(state.params['generator'])
   state, norms = _update(state, {'generator': grads}, recipe, averaged=True)
-  return state, _means(aux) | norms | {'exit': plan.exit.astype(jnp.float32)}
+  counts = {'steps': drawn.steps, 'exit': drawn.plan.exit}
+  return state, _means(aux) | norms | jax.tree.map(jnp.float32, counts)
+
+
+def _dmd(state: TrainState, frozen, x0, text, keys, recipe: Recipe):
+  fns = Fns(
+    teacher=_model(recipe.teacher, frozen['teacher'], wan.Clip()),
+    critic=_model(recipe.model, state.params['critic'], wan.Clip()),
+  )
+  texts = (text, unconditional(frozen, text.shape[0], recipe))
+  per_example, aux = dmd_loss(fns, x0, texts, keys, recipe.dmd)
+  return per_example, True, aux
+
+
+def _consistency(state: TrainState, ask, params, exit_pass, drawn: Draw, recipe: Recipe):
+  cfg = recipe.consistency
+  target = state.ema['generator'] if cfg.target == 'ema' else params
+
+  def again(x, sigma):
+    return ask(target, Trace(x, sigma))
+
+  per_example, aux = consistency_loss(again, *exit_pass, drawn.triple, cfg)
+  return per_example, drawn.triple.active, aux
+
+
+def _alignment(state: TrainState, frozen, x0, student, drawn: Draw, recipe: Recipe):
+  text, keys, rolled = student
+  apply, cfg = wan.bind(recipe.model), recipe.alignment
+  weights, sizes = {
+    'teacher': (frozen['teacher'], recipe.teacher),
+    'critic': (state.params['critic'], recipe.model),
+    'student': (state.params['generator'], recipe.model),
+  }[cfg.network]
+
+  def features(x, t):
+    return wan.features(weights, x, t, text, cfg.layer, sizes)
+
+  def loss(x0):
+    dense = rollout(apply, state.params['generator'], keys, text, drawn.reference)
+    aim = dense.x0
+    if recipe.reference.share_exit_input:
+      chunk = recipe.chunking.chunk
+      v = velocity(apply, state.params['generator'], rolled.trace, text, dense.cache, chunk)
+      aim = flow.x0_from_velocity(rolled.trace.x, v, rolled.trace.sigma)
+    feature_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, _FEATURES)
+    return alignment_loss(features, x0, aim, feature_keys, cfg)
+
+  return when(drawn.has_reference, loss, x0), drawn.has_reference, {}
 
 
 def critic_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple[TrainState, dict]:
@@ -107,7 +169,7 @@ def critic_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple
   shared, keys = step_keys(recipe, n, 'critic', batch['index'])
   rollout_keys, loss_keys = _split(keys)
   text = encode(frozen, batch['ids'], batch['mask'], recipe)
-  plan = draw_plan(recipe, shared)
+  plan = draw(recipe, shared, n, terms=False).plan
   rolled = rollout(wan.bind(recipe.model), state.params['generator'], rollout_keys, text, plan)
 
   def loss_fn(params):

@@ -17,7 +17,7 @@ from salt_jax.checkpoint import Checkpoints, check_config, config_digest, write_
 from salt_jax.checks import check_batch
 from salt_jax.data import Feed
 from salt_jax.errors import InputError
-from salt_jax.metrics import Progress, Writer, assert_finite, param_count
+from salt_jax.metrics import Progress, Writer, assert_finite, param_count, without_inactive
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ def _to_devices(batch: dict, mesh) -> dict:
 
 def _log(waiting, config, checkpoints, writer, progress) -> None:
   step, scalars = waiting
-  scalars = {k: float(v) for k, v in jax.device_get(scalars).items()}
+  scalars = without_inactive({k: float(v) for k, v in jax.device_get(scalars).items()})
   assert_finite(step, scalars, checkpoints.latest_step(), str(checkpoints.folder))
   writer.write(step, scalars)
   if step % config.log.every == 0 or step in (1, config.total_steps):

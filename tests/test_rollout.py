@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from salt_jax.diffusion import flow, rollout
+from salt_jax.diffusion import draws, flow, rollout
 from salt_jax.errors import InputError
 from salt_jax.models import cache as caches
 from salt_jax.models import wan
@@ -19,13 +19,19 @@ SIGMAS = flow.padded_sigmas(4, 5.0, 9)
 
 @functools.partial(jax.jit, static_argnames=('chunking',))
 def _roll(params, exit_step, chunking):
-  plan = rollout.Plan(chunking, jnp.asarray(SIGMAS), exit_step)
+  plan = rollout.student_plan(chunking, jnp.asarray(SIGMAS), exit_step)
   return rollout.rollout(APPLY, params, tiny.keys(), tiny.text(), plan)
+
+
+def _again(params, rolled, chunk=tiny.CHUNK):
+  """The clip from its exits repeated in one pass."""
+  v = rollout.velocity(APPLY, params, rolled.trace, tiny.text(), rolled.cache, chunk)
+  return flow.x0_from_velocity(rolled.trace.x, v, rolled.trace.sigma)
 
 
 @functools.partial(jax.jit, static_argnames=('chunk',))
 def _exit(params, rolled, chunk=tiny.CHUNK):
-  return rollout.exit_x0(APPLY, params, tiny.text(), rolled, chunk)
+  return _again(params, rolled, chunk)
 
 
 def _sequential(exit_step: int, context_noise: float = 0.0):
@@ -121,15 +127,13 @@ def test_gradient_is_that_of_the_exit_step_alone():
 def test_nothing_reaches_the_rollout_or_earlier_chunks():
   rolled = _roll(tiny.params(), jnp.int32(1), tiny.chunking())
 
-  def loss(params, x, k):
+  def loss(params, k):
     again = _roll(params, jnp.int32(1), tiny.chunking())
-    trace, cache = again.trace, again.cache
-    again = again.replace(trace=trace.replace(x=trace.x + x), cache=cache.replace(k=cache.k + k))
-    x0 = rollout.exit_x0(APPLY, jax.lax.stop_gradient(params), tiny.text(), again, tiny.CHUNK)
+    again = again.replace(cache=again.cache.replace(k=again.cache.k + k))
+    x0 = _again(jax.lax.stop_gradient(params), again)
     return jnp.square(x0).sum()
 
-  zeros = jnp.zeros_like(rolled.trace.x), jnp.zeros_like(rolled.cache.k)
-  grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(tiny.params(), *zeros)
+  grads = jax.jit(jax.grad(loss, argnums=(0, 1)))(tiny.params(), jnp.zeros_like(rolled.cache.k))
   assert not any(np.asarray(g).any() for g in jax.tree.leaves(grads)), 'the rollout has a gradient'
 
 
@@ -150,12 +154,74 @@ def test_ode_mode_takes_euler_steps():
   np.testing.assert_allclose(rolled.trace.x[:, : tiny.CHUNK], x - (1 - SIGMAS[1]) * v, atol=1e-4)
 
 
+def test_a_chunk_as_long_as_the_clip_is_the_bidirectional_student():
+  """Against the loop written out with whole-clip passes; no cache is made."""
+  rolled = _roll(tiny.params(), jnp.int32(2), tiny.chunking(chunk=tiny.FRAMES))
+  keys, frames = tiny.keys(), jnp.arange(tiny.FRAMES)
+  x = flow.frame_noise(keys, frames, 0, tiny.LATENT)
+  for i in range(3):
+    t = jnp.full((tiny.BATCH, tiny.FRAMES), 1000 * SIGMAS[i])
+    x0 = x - SIGMAS[i] * APPLY(tiny.params(), x, t, tiny.text(), wan.Clip())[0]
+    seen, s = x, SIGMAS[i + 1]
+    x = (1 - s) * x0 + s * flow.frame_noise(keys, frames, i + 1, tiny.LATENT)
+  np.testing.assert_allclose(rolled.x0, x0, atol=1e-4)
+  np.testing.assert_allclose(rolled.trace.x, seen, atol=1e-4)
+  assert rolled.cache is None
+  np.testing.assert_allclose(_exit(tiny.params(), rolled, tiny.FRAMES), rolled.x0, atol=1e-4)
+
+
+def _reference_plan(exit_step, coupling, steps=2, reference=4):
+  schedule = draws.Schedule((steps,), (1.0,), 5.0)
+  cfg = draws.ReferenceConfig(map=((steps, (reference,)),), coupling=coupling)
+  at = (tiny.chunking(), jnp.int32(0), jnp.int32(exit_step))
+  return draws.draw_reference(jax.random.key(0), schedule, cfg, at, jnp.int32(0))[0]
+
+
+@functools.partial(jax.jit)
+def _follow(params, plan):
+  return rollout.rollout(APPLY, params, tiny.keys(), tiny.text(), plan)
+
+
+@pytest.mark.parametrize('coupling', draws.COUPLINGS)
+def test_a_reference_equals_the_loop_written_out(coupling):
+  """salt_method.md 7.2 for K=2, exit 1, behind four steps: levels 1, .9375, .8333, of which .8333 is the student's."""
+  rolled = _follow(tiny.params(), _reference_plan(1, coupling))
+  apply, keys, text, n = jax.jit(APPLY), tiny.keys(), tiny.text(), tiny.CHUNK
+  levels = flow.few_step_sigmas(4, 5.0)
+  cache, outs = rollout.empty_cache(tiny.chunking(), tiny.BATCH), []
+  for start in range(0, tiny.FRAMES, n):
+    frames, ctx = jnp.arange(start, start + n), wan.Chunk(cache, jnp.int32(start))
+    y = flow.frame_noise(keys, frames, 0, tiny.LATENT)
+    for i in range(3):
+      a, b = levels[i], levels[i + 1]
+      v, _ = apply(tiny.params(), y, jnp.full((tiny.BATCH, n), 1000 * a, jnp.float32), text, ctx)
+      x0 = y - a * v
+      memo = flow.frame_noise(keys, frames, 1, tiny.LATENT)  # the student's, on its way to .8333
+      fresh = flow.frame_noise(keys, frames, 500 + i, tiny.LATENT)
+      if coupling == 'aligned_b' and i == 0:
+        y = y - (a - b) * v
+      else:
+        y = (1 - b) * x0 + b * (fresh if coupling == 'independent' else memo)
+    _, features = apply(tiny.params(), x0, jnp.zeros((tiny.BATCH, n)), text, ctx)
+    cache = caches.write(cache, features.k, features.v, start)
+    outs.append(x0)
+  np.testing.assert_allclose(rolled.x0, jnp.concatenate(outs, 1), atol=1e-4)
+
+
+def test_the_same_steps_with_shared_noise_are_the_student_bit_for_bit():
+  student = rollout.student_plan(tiny.chunking(), jnp.asarray(SIGMAS[:5]), jnp.int32(2))
+  shared = student.replace(euler=jnp.zeros(5, bool), draws=1 + jnp.arange(5))
+  one, other = _follow(tiny.params(), student), _follow(tiny.params(), shared)
+  np.testing.assert_array_equal(one.x0, other.x0)
+  np.testing.assert_array_equal(one.cache.k, other.cache.k)
+
+
 def test_streaming_cache_holds_what_is_visible_and_gives_the_same_clip():
   chunking = tiny.chunking(window=4, sink=1)
   whole = _roll(tiny.params(), jnp.int32(1), chunking)
   cache, outs = rollout.empty_cache(chunking, tiny.BATCH, streaming=True), []
   assert cache.capacity == 2
-  plan = rollout.Plan(chunking, jnp.asarray(SIGMAS), jnp.int32(1))
+  plan = rollout.student_plan(chunking, jnp.asarray(SIGMAS), jnp.int32(1))
   for start in range(0, tiny.FRAMES, tiny.CHUNK):
     x0, _, cache = rollout.denoise_chunk(
       APPLY, tiny.params(), tiny.keys(), tiny.text(), plan, (cache, jnp.int32(start))

@@ -23,6 +23,8 @@ def shrink(config, folder):
       config[name].update(DIT)
   config.vae.update(dim=4, num_res_blocks=1)
   config.video.update(frames=21, height=32, width=32)
+  if 'alignment' in config:
+    config.alignment.layer = 1
   if 'rollout' in config:
     config.rollout.update(frames=6, chunk=3)
   if 'weights' in config:

@@ -4,9 +4,11 @@ A chunk is denoised from noise: predict x0, re-noise to the next level, …, up 
 output. One more pass over that output writes the chunk's keys and values for the chunks behind it.
 
 Training needs a gradient through the exit step alone. So the whole rollout runs without one and remembers the input
-of every exit; then `exit_x0` repeats the exits of all chunks in a single differentiable pass against the finished
+of every exit; then `velocity` repeats the exits of all chunks in a single differentiable pass against the finished
 cache. Chunk i of that pass sees exactly what it saw before, so the values agree, nothing flows through the cache, and
 one cache is alive in the backward pass instead of one a chunk.
+
+A single chunk as long as the clip is the bidirectional student: no cache, and no pass to fill one.
 """
 
 import dataclasses
@@ -15,7 +17,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from salt_jax.diffusion import flow
 from salt_jax.errors import InputError
@@ -38,7 +40,7 @@ class Chunking:
     cache: (layers, tokens a frame, heads, head width) of the model.
     sink: first frames that stay visible.
     window: frames a chunk may see; None is all.
-    mode: 'sde' re-noises with fresh noise between steps, 'ode' takes the Euler step.
+    mode: what `student_plan` makes of the steps: 'sde' re-noises with fresh noise in between, 'ode' takes Euler steps.
     unroll: one program a chunk, each with a static slice of the cache; otherwise one loop with a mask.
     context_noise: sigma at which the finished chunk is cached.
     dtype: of the cache.
@@ -65,6 +67,11 @@ class Chunking:
     if self.mode not in ('sde', 'ode'):
       raise InputError(f'rollout mode "{self.mode}" is unknown: choose sde or ode.')
 
+  @property
+  def causal(self) -> bool:
+    """False when one chunk is the whole clip: then nothing is cached."""
+    return self.chunk < self.frames
+
 
 @struct.dataclass
 class Plan:
@@ -74,11 +81,23 @@ class Plan:
     chunking: the static part.
     sigmas: levels of the schedule from 1 downwards, then zeros; `[s]`.
     exit: index of the step whose x0 is the output, the same for all chunks.
+    draws: which noise of `flow.frame_noise` leads from level i to level i + 1; `[s]`.
+    euler: where that step is Euler's instead, without noise; `[s]`.
   """
 
   chunking: Chunking = struct.field(pytree_node=False)
   sigmas: Float[Array, 's']
   exit: Int[Array, '']
+  draws: Int[Array, 's']
+  euler: Bool[Array, 's']
+
+
+def student_plan(chunking: Chunking, sigmas: Float[Array, 's'], exit_step: Int[Array, '']) -> Plan:
+  """The plan of a student by itself: an own noise for each level, or Euler everywhere, as the mode says."""
+  steps = len(sigmas)
+  euler = jnp.full(steps, chunking.mode == 'ode')
+  draws = 1 + jnp.arange(steps, dtype=jnp.int32)
+  return Plan(chunking, jnp.asarray(sigmas), jnp.asarray(exit_step, jnp.int32), draws, euler)
 
 
 @struct.dataclass
@@ -91,15 +110,17 @@ class Trace:
 
 @struct.dataclass
 class Rollout:
-  """Clean latents, what is needed to repeat the exits, and the cache after the last chunk."""
+  """Clean latents, what is needed to repeat the exits, and the cache after the last chunk if there is one."""
 
   x0: Float[Array, 'b f h w c']
   trace: Trace
-  cache: KVCache
+  cache: KVCache | None
 
 
-def empty_cache(chunking: Chunking, batch: int, streaming: bool = False) -> KVCache:
-  """A cache for one clip: all its frames, or for streaming only those that can still be seen."""
+def empty_cache(chunking: Chunking, batch: int, streaming: bool = False) -> KVCache | None:
+  """A cache for one clip: all its frames, or for streaming only those that can still be seen; None for one chunk."""
+  if not chunking.causal:
+    return None
   layers, tokens, heads, width = chunking.cache
   slots = chunking.frames
   if streaming:
@@ -118,7 +139,7 @@ def denoise_chunk(
   text: Float[Array, 'b n d'],
   plan: Plan,
   state: tuple,
-) -> tuple[Float[Array, 'b f h w c'], Float[Array, 'b f h w c'], KVCache]:
+) -> tuple[Float[Array, 'b f h w c'], Float[Array, 'b f h w c'], KVCache | None]:
   """Generates the chunk at `start` and commits it.
 
   The steps and the pass that fills the cache are one loop over one body, so a program holds the network once.
@@ -138,27 +159,37 @@ def denoise_chunk(
   chunking = plan.chunking
   frames = start + jnp.arange(chunking.chunk)
   shape = (keys.shape[0], chunking.chunk)
-  noise = flow.frame_noise(keys, frames, 0, chunking.latent)
-  layers, tokens, heads, width = chunking.cache
-  kv = jnp.zeros((layers, *shape, tokens, heads, width), chunking.dtype)
+  ctx = Clip() if cache is None else Chunk(cache, start)
 
   def body(i, carry):
-    x, exit_x, x0, _ = carry
+    x, exit_x, x0, own = carry
     at_exit, before_cache = i == plan.exit, i <= plan.exit
     sigma = jnp.where(before_cache, plan.sigmas[i], chunking.context_noise)
-    v, features = apply(params, x, jnp.full(shape, 1000 * sigma), text, Chunk(cache, start))
+    v, features = apply(params, x, jnp.full(shape, 1000 * sigma), text, ctx)
     prediction = flow.x0_from_velocity(x, v, sigma)
     following = jnp.where(at_exit, chunking.context_noise, plan.sigmas[i + 1])
-    eps = flow.frame_noise(keys, frames, jnp.where(at_exit, CONTEXT_DRAW, i + 1), chunking.latent)
-    stepped = flow.add_noise(prediction, eps, following)
-    if chunking.mode == 'ode':
-      stepped = jnp.where(at_exit, stepped, flow.euler(x, v, sigma, following))
+    draw = jnp.where(at_exit, CONTEXT_DRAW, plan.draws[i])
+    renoised = flow.add_noise(
+      prediction, flow.frame_noise(keys, frames, draw, chunking.latent), following
+    )
+    stepped = jnp.where(plan.euler[i] & ~at_exit, flow.euler(x, v, sigma, following), renoised)
     exit_x = jnp.where(at_exit, x, exit_x)
     x0 = jnp.where(before_cache, prediction, x0)
-    return stepped, exit_x, x0, (features.k.astype(kv.dtype), features.v.astype(kv.dtype))
+    if cache is not None:
+      own = tuple(y.astype(chunking.dtype) for y in (features.k, features.v))
+    return stepped, exit_x, x0, own
 
-  _, exit_x, x0, (k, v) = jax.lax.fori_loop(0, plan.exit + 2, body, (noise, noise, noise, (kv, kv)))
-  return x0, exit_x, write(cache, k, v, start)
+  noise = flow.frame_noise(keys, frames, 0, chunking.latent)
+  carry = (noise, noise, noise, _own_keys(chunking, shape) if chunking.causal else ())
+  passes = plan.exit + (2 if chunking.causal else 1)
+  _, exit_x, x0, own = jax.lax.fori_loop(0, passes, body, carry)
+  return x0, exit_x, cache if cache is None else write(cache, *own, start)
+
+
+def _own_keys(chunking: Chunking, shape: tuple[int, int]):
+  layers, tokens, heads, width = chunking.cache
+  zeros = jnp.zeros((layers, *shape, tokens, heads, width), chunking.dtype)
+  return zeros, zeros
 
 
 def rollout(
@@ -178,7 +209,7 @@ def rollout(
   """
   params, text = jax.lax.stop_gradient((params, text))
   chunking = plan.chunking
-  cache = empty_cache(chunking, text.shape[0])
+  cache = empty_cache(chunking, key.shape[0])
   starts = range(0, chunking.frames, chunking.chunk)
   if chunking.unroll:
     outs = []
@@ -187,7 +218,7 @@ def rollout(
       outs.append((x0, exit_x))
     x0, exit_x = (jnp.concatenate(parts, axis=1) for parts in zip(*outs, strict=True))
   else:
-    zeros = jnp.zeros((text.shape[0], chunking.frames, *chunking.latent))
+    zeros = jnp.zeros((key.shape[0], chunking.frames, *chunking.latent))
 
     def body(i, carry):
       x0, exit_x, cache = carry
@@ -197,14 +228,30 @@ def rollout(
       return put(x0, new_x0, start, 1), put(exit_x, new_exit, start, 1), cache
 
     x0, exit_x, cache = jax.lax.fori_loop(0, len(starts), body, (zeros, zeros, cache))
-  return Rollout(x0=x0, trace=Trace(exit_x, plan.sigmas[plan.exit]), cache=cache)
+  trace = Trace(exit_x, plan.sigmas[plan.exit])
+  return jax.lax.stop_gradient(Rollout(x0=x0, trace=trace, cache=cache))
 
 
-def exit_x0(
-  apply: Callable, params, text: Float[Array, 'b n d'], rolled: Rollout, chunk: int
+def velocity(
+  apply: Callable,
+  params,
+  point: Trace,
+  text: Float[Array, 'b n d'],
+  cache: KVCache | None,
+  chunk: int,
 ) -> Float[Array, 'b f h w c']:
-  """The output of a rollout once more, with gradient through the exit step and through nothing else."""
-  trace, cache = jax.lax.stop_gradient((rolled.trace, rolled.cache))
-  t = jnp.full(trace.x.shape[:2], 1000 * trace.sigma)
-  v, _ = apply(params, trace.x, t, text, Clip(chunk=chunk, past=cache))
-  return flow.x0_from_velocity(trace.x, v, trace.sigma)
+  """Velocity of all chunks at once, each behind its own past in a finished cache.
+
+  At a rollout's trace this repeats its exit steps. Gradients flow through `params` and `point`, not through the cache.
+
+  Args:
+    apply: the model.
+    params: its parameters.
+    point: where to ask: inputs and their level.
+    text: encoder rows.
+    cache: of a rollout; None for a bidirectional student.
+    chunk: latent frames in a chunk.
+  """
+  ctx = Clip() if cache is None else Clip(chunk=chunk, past=jax.lax.stop_gradient(cache))
+  t = jnp.full(point.x.shape[:2], 1000 * point.sigma)
+  return apply(params, point.x, t, text, ctx)[0]

@@ -82,7 +82,12 @@ def dmd_loss(
   fake = flow.x0_from_velocity(noisy, fns.critic(noisy, t, cond), sigma)
   g = dmd_gradient(x, real, fake)
   loss = 0.5 * _per_example(jnp.square(x0 - jax.lax.stop_gradient(x - g)))
-  return loss, {'dmd_gradient': _per_example(jnp.abs(g)), 'dmd_sigma': sigma}
+  return loss, {
+    'dmd_gradient': _per_example(jnp.abs(g)),
+    'dmd_real': _per_example(jnp.abs(x - real)),
+    'dmd_fake': _per_example(jnp.abs(x - fake)),
+    'dmd_sigma': sigma,
+  }
 
 
 def dmd_gradient(

@@ -334,6 +334,20 @@ def apply(
   return Wan(cfg).apply({'params': params}, x, t, text, ctx)
 
 
+def features(
+  params: dict,
+  x: Float[Array, 'b f h w c'],
+  t: Float[Array, 'b f'],
+  text: Float[Array, 'b n d'],
+  layer: int,
+  cfg: WanConfig,
+) -> Float[Array, 'b f t d']:
+  """Output of block `layer`, bidirectional, float32; the blocks behind it are not run."""
+  cut = params | {'blocks': jax.tree.map(lambda p: p[: layer + 1], params['blocks'])}
+  short = dataclasses.replace(cfg, layers=layer + 1)
+  return apply(cut, x, t, text, Clip(taps=(layer,)), short)[1].taps[layer]
+
+
 def bind(cfg: WanConfig) -> Callable:
   """`apply` with the sizes filled in: the function that rollouts and losses are given."""
   return functools.partial(apply, cfg=cfg)

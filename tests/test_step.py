@@ -1,0 +1,194 @@
+"""The generator step with all terms: one program for every draw, sleeping terms cost nothing and change nothing."""
+
+import collections
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import dmd as bidirectional
+from salt_jax import recipe as recipes
+from salt_jax import stages, step
+from salt_jax import state as states
+from salt_jax.models import wan
+from tests import tiny_config
+
+CHUNKS, FRAMES = 2, 6
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  return tiny_config.write_weights(str(tmp_path_factory.mktemp('weights')))
+
+
+def _setup(folder, config=None, **changes):
+  """(recipe, state, frozen, batch) of a tiny run."""
+  config = config or tiny_config.get_config(folder)
+  config.batch = 2
+  config.update_from_flattened_dict(changes)
+  rec = recipes.build(config)
+  stage = stages.build(config, rec, '')
+  state = states._new(jax.tree.map(jnp.asarray, stage.start()), rec.optimizers, stage.averaged)
+  batch = {
+    'index': jnp.arange(2),
+    'ids': jnp.ones((2, rec.text_length), jnp.int32),
+    'mask': jnp.arange(rec.text_length)[None].repeat(2, 0) < 5,
+  }
+  return rec, state, stage.frozen, batch
+
+
+def _drawn(rec, n):
+  shared, _ = step.step_keys(rec, n, 'generator', jnp.arange(2))
+  drawn = recipes.draw(rec, shared, jnp.int32(n))
+  kind = 'consistency' if drawn.triple.active else 'alignment' if drawn.has_reference else 'none'
+  return kind, int(drawn.plan.exit), int(drawn.reference.exit)
+
+
+@pytest.fixture(scope='module')
+def draws_of_steps(folder):
+  rec = _setup(folder)[0]
+  return {n: _drawn(rec, n) for n in range(40)}
+
+
+@pytest.fixture(scope='module')
+def counted(folder):
+  """Runs steps and counts how often networks are asked, by kind of context, and how often a step is traced."""
+  rec, state, frozen, batch = _setup(folder)
+  calls, traces = collections.Counter(), []
+  plain = wan.apply
+
+  def apply(params, x, t, text, ctx, cfg):
+    part = 'features' if getattr(ctx, 'taps', ()) else type(ctx).__name__
+    causal = part == 'Clip' and ctx.chunk is not None
+    jax.debug.callback(lambda: calls.update(['parallel' if causal else part]))
+    return plain(params, x, t, text, ctx, cfg)
+
+  def traced(state, frozen, batch, n):
+    traces.append(1)
+    return step.generator_step(state, frozen, batch, n, recipe=rec)
+
+  run = jax.jit(traced)
+
+  def once(n):
+    calls.clear()
+    _, metrics = run(state, frozen, batch, np.int32(n))
+    jax.effects_barrier()
+    return metrics, dict(calls)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(wan, 'apply', apply)
+    once(0)
+    yield once, traces
+
+
+def _steps_of(draws_of_steps, kind):
+  found = [n for n, drawn in draws_of_steps.items() if drawn[0] == kind]
+  assert found, f'no step of 40 draws {kind}, so this test says nothing'
+  return found
+
+
+@pytest.mark.parametrize('kind', ['none', 'consistency', 'alignment'])
+def test_a_step_asks_its_networks_as_often_as_its_draw_needs(counted, draws_of_steps, kind):
+  """Rollout: exit + 1 passes and one for the cache, each chunk; then one parallel pass, teacher, critic."""
+  once, traces = counted
+  for n in _steps_of(draws_of_steps, kind)[:3]:
+    _, exit_step, reference_exit = draws_of_steps[n]
+    metrics, calls = once(n)
+    expected = {'Chunk': CHUNKS * (exit_step + 2), 'parallel': 1, 'Clip': 2}
+    if kind == 'consistency':
+      expected['parallel'] += 1
+    if kind == 'alignment':
+      expected['Chunk'] += CHUNKS * (reference_exit + 2)
+      expected['features'] = 2
+    assert calls == expected, (n, draws_of_steps[n])
+    for term in ('consistency', 'alignment'):
+      assert (metrics[f'active_{term}'] == 1) == (term == kind)
+      assert (metrics[f'loss_{term}'] > 0) == (term == kind)
+  assert len(traces) == 1, 'a draw recompiled the step'
+
+
+def test_other_terms_leave_the_rollout_and_the_dmd_loss_alone(folder, draws_of_steps):
+  """If a second pass or a reference touched the student's cache, the clip that DMD sees would change."""
+  alone = {'losses.consistency': 0.0, 'losses.alignment': 0.0}
+  results = []
+  for changes in ({}, alone):
+    rec, state, frozen, batch = _setup(folder, **changes)
+    run = jax.jit(functools.partial(step.generator_step, recipe=rec))
+    steps = [_steps_of(draws_of_steps, kind)[0] for kind in ('consistency', 'alignment')]
+    results.append([run(state, frozen, batch, np.int32(n)) for n in steps])
+  for (state, one), (other_state, other) in zip(*results, strict=True):
+    np.testing.assert_array_equal(one['exit'], other['exit'])
+    # Two programs: reductions in another order.
+    np.testing.assert_allclose(one['loss_dmd'], other['loss_dmd'], rtol=1e-5)
+    moved = [
+      np.abs(a - b).max()
+      for a, b in zip(
+        jax.tree.leaves(state.params['generator']),
+        jax.tree.leaves(other_state.params['generator']),
+        strict=True,
+      )
+    ]
+    assert max(moved) > 1e-6, 'the term had no effect on the update'
+
+
+def test_generator_and_critic_draw_apart_and_alike_on_every_host(folder):
+  rec = _setup(folder)[0]
+
+  def drawn(stream, index):
+    shared, _ = step.step_keys(rec, 3, stream, jnp.asarray(index))
+    return jax.random.key_data(shared).tolist()
+
+  assert drawn('generator', [0, 1]) == drawn('generator', [6, 7])
+  assert drawn('generator', [0, 1]) != drawn('critic', [0, 1])
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {'consistency.target': 'ema'},
+    {'consistency.stop_grad': 'none'},
+    {'reference.share_exit_input': True, 'alignment.margin': 0.0},
+    {'alignment.network': 'student', 'alignment.kind': 'mmd'},
+    {'alignment.kind': 'latents', 'reference.map': ((2, (4,)), (4, (8,)))},
+  ],
+)
+def test_alternatives_run_and_train(folder, draws_of_steps, changes):
+  rec, state, frozen, batch = _setup(folder, **changes)
+  kind = 'consistency' if 'consistency' in next(iter(changes)) else 'alignment'
+  n = _steps_of(draws_of_steps, kind)[0]
+  _, metrics = jax.jit(functools.partial(step.generator_step, recipe=rec))(
+    state, frozen, batch, np.int32(n)
+  )
+  assert metrics[f'active_{kind}'] == 1 and metrics[f'loss_{kind}'] > 0
+  assert np.isfinite(metrics['grad_norm']) and metrics['grad_norm'] > 0
+
+
+def test_the_shared_exit_input_isolates_the_cache(folder, draws_of_steps):
+  """With a reference as dense as the student and the same noise, both caches are one: nothing is left to align."""
+  n = next(n for n, (kind, *_) in draws_of_steps.items() if kind == 'alignment')
+  rec, state, frozen, batch = _setup(folder, **{'alignment.kind': 'latents'})
+  plain, shared = (
+    jax.jit(functools.partial(step.generator_step, recipe=r))(state, frozen, batch, np.int32(n))[1]
+    for r in (
+      rec,
+      _setup(folder, **{'alignment.kind': 'latents', 'reference.share_exit_input': True})[0],
+    )
+  )
+  assert 0 < float(shared['loss_alignment']) != float(plain['loss_alignment']) > 0
+
+
+def test_the_bidirectional_student(folder):
+  config = tiny_config.shrink(bidirectional.get_config('nano'), folder)
+  config.rollout.chunk = FRAMES
+  rec, state, frozen, batch = _setup(folder, config)
+  run = jax.jit(functools.partial(step.generator_step, recipe=rec))
+  seen = [run(state, frozen, batch, np.int32(n))[1] for n in range(12)]
+  active = [float(m['active_consistency']) for m in seen]
+  assert [a == 1 for a in active] == [0 < m['exit'] < 7 for m in seen] and 0 < sum(active) < 12
+  assert run._cache_size() == 1
+  _, metrics = jax.jit(functools.partial(step.critic_step, recipe=rec))(
+    state, frozen, batch, np.int32(0)
+  )
+  assert np.isfinite(metrics['loss'])
