@@ -1,0 +1,100 @@
+"""Comparisons: fair by construction, paired in their statistics, trained once."""
+
+import os
+
+import numpy as np
+import pytest
+
+from salt_jax import compare
+from salt_jax.errors import InputError
+from tests import tiny_config
+
+DMD, SALT = 'dmd=configs/selfforcing.py:nano,method=dmd', 'salt=configs/selfforcing.py:nano'
+
+
+def _runs(*experiments, seeds=(0,), assignments=(), folder='out'):
+  return compare.runs_of(experiments, seeds, assignments, folder)
+
+
+def test_runs_are_paired_by_seed():
+  runs = _runs(DMD, SALT, seeds=(3, 4), assignments=['total_steps=8', 'optim.generator.lr=1e-5'])
+  assert [(run.label, run.seed) for run in runs] == [
+    ('dmd', 3),
+    ('salt', 3),
+    ('dmd', 4),
+    ('salt', 4),
+  ]
+  assert len({run.workdir for run in runs}) == 4
+  assert all(run.config.total_steps == 8 and run.config.seed == run.seed for run in runs)
+  one, other = runs[0].config, runs[1].config
+  differ = {key for key in one if one[key] != other[key]}
+  assert differ == {'losses', 'schedule', 'name'}, (
+    'a baseline is Salt but for config lines of the method'
+  )
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'sentence'),
+  [
+    (dict(experiments=['dmd']), '--experiment=dmd must be LABEL=FILE:ARGUMENT'),
+    (dict(experiments=['a=nosuch.py:nano']), 'there is no config file nosuch.py'),
+    (dict(experiments=[DMD, DMD]), 'two experiments have one label'),
+    (dict(experiments=[DMD], assignments=['batch=x']), '--set=batch=x does not fit'),
+    (dict(experiments=[DMD], assignments=['nosuch=1']), '--set=nosuch=1 does not fit'),
+    (dict(experiments=[DMD], assignments=['batch']), '--set=batch does not fit'),
+    (
+      dict(experiments=[DMD, 'bi=configs/dmd.py:nano']),
+      'bi and dmd are no fair pair: weights.init is assets:nano_teacher.safetensors in one',
+    ),
+  ],
+)
+def test_what_cannot_be_compared_is_refused(arguments, sentence):
+  experiments = arguments.pop('experiments')
+  with pytest.raises(InputError) as error:
+    _runs(*experiments, **arguments)
+  assert sentence in str(error.value) and '\n' not in str(error.value)
+
+
+def test_interval_covers_the_mean_and_pairs_clips():
+  rng = np.random.default_rng(0)
+  hard = rng.uniform(0, 1, 400)  # how hard a clip is, alike for every run
+  one = hard + rng.normal(0, 0.01, (3, 400))
+  other = hard + 0.05 + rng.normal(0, 0.01, (3, 400))
+  mean, low, high = compare.interval(one)
+  assert low < mean < high and abs(mean - 0.5) < 0.05 and 0.03 < high - low < 0.09
+  mean, low, high = compare.interval(other - one)
+  assert 0.045 < low < mean < high < 0.055, (
+    'the difference of paired clips is far surer than either'
+  )
+
+
+def test_interval_knows_that_few_seeds_are_few():
+  """Seeds that disagree widen the interval however many clips there are."""
+  values = np.repeat([[0.0], [1.0]], 1000, axis=1)
+  assert compare.interval(values)[1:] == (0.0, 1.0)
+
+
+def test_table_shows_figures_and_differences():
+  rng = np.random.default_rng(0)
+  measures = compare.evaluate.MEASURES
+  found = {
+    (label, 4): {m: rng.uniform(0, 1, (2, 8)) + shift for m in measures}
+    for label, shift in (('dmd', 0), ('salt', 10))
+  }
+  entries = compare.summary(found, 'dmd')
+  text = compare.table(entries, 'dmd')
+  assert text.count('\n| salt, 4 steps |') == 2 and text.count('\n| dmd, 4 steps |') == 1
+  salt = next(entry for entry in entries if entry['label'] == 'salt')
+  expected = (found['salt', 4]['colour'] - found['dmd', 4]['colour']).mean()
+  assert salt['colour - dmd'][0] == pytest.approx(expected) and expected > 9
+
+
+def test_finished_runs_are_not_trained_again(tmp_path, monkeypatch):
+  folder = tiny_config.write_weights(str(tmp_path))
+  monkeypatch.chdir(os.path.dirname(os.path.dirname(__file__)))
+  experiments = [f'tiny=tests/tiny_config.py:{folder}']
+  runs = _runs(*experiments, assignments=['total_steps=1'], folder=str(tmp_path / 'runs'))
+  compare.train_missing(runs)
+  assert os.path.isfile(runs[0].student)
+  monkeypatch.setattr(compare.train, 'run', lambda *_: pytest.fail('trained twice'))
+  compare.train_missing(runs)
