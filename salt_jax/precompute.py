@@ -20,7 +20,7 @@ from salt_jax.errors import InputError
 from salt_jax.models import vae, wan
 from salt_jax.recipe import Recipe
 from salt_jax.sharding import over_local_devices
-from salt_jax.step import encode, to_unit, unconditional
+from salt_jax.step import conditioning, to_unit
 from salt_jax.store import Field, StoreWriter
 
 log = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ def ode_pairs(config: ConfigDict, rec: Recipe, frozen: dict, folder: str) -> str
 
   @jax.jit
   def run(teacher, frozen, ids, mask, index):
-    texts = encode(frozen, ids, mask, rec), unconditional(frozen, ids.shape[0], rec)
+    texts = conditioning(frozen, {'ids': ids, 'mask': mask}, rec)
     keys = flow.example_keys(jax.random.key(rec.seed), index)
     noise = flow.frame_noise(keys, jnp.arange(shape[0]), 0, shape[1:])
     apply = wan.bind(rec.teacher)

@@ -24,7 +24,7 @@ from salt_jax.diffusion import flow, rollout, solvers
 from salt_jax.errors import InputError
 from salt_jax.models import vae, wan
 from salt_jax.recipe import Recipe
-from salt_jax.step import encode, to_bytes, unconditional
+from salt_jax.step import conditioning, to_bytes
 
 log = logging.getLogger('salt_jax.sample')
 
@@ -51,7 +51,7 @@ def student(rec: Recipe, frozen: PyTree) -> Callable[[PyTree, int], Sampler]:
   def run(params, frozen, sigmas, exit_step, batch):
     ids, mask, index = batch
     plan = rollout.Plan(rec.chunking, sigmas, exit_step)
-    text = encode(frozen, ids, mask, rec)
+    text, _ = conditioning(frozen, {'ids': ids, 'mask': mask}, rec)
     return rollout.rollout(wan.bind(rec.model), params, _keys(rec, index), text, plan).x0
 
   def with_steps(params, steps):
@@ -72,7 +72,7 @@ def teacher(
     @jax.jit
     def run(params, frozen, batch):
       ids, mask, index = batch
-      texts = encode(frozen, ids, mask, rec), unconditional(frozen, ids.shape[0], rec)
+      texts = conditioning(frozen, {'ids': ids, 'mask': mask}, rec)
       noise = flow.frame_noise(_keys(rec, index), jnp.arange(shape[0]), 0, tuple(shape[1:]))
       return solvers.euler_sample(wan.bind(cfg), params, noise, texts, sigmas, guidance)
 
@@ -99,7 +99,7 @@ def stream(
   ids, mask, index = batch
   chunking = rec.chunking
   plan = recipe.full_plan(rec, steps)
-  text = jax.jit(lambda f, i, m: encode(f, i, m, rec))(frozen, ids, mask)
+  text, _ = jax.jit(lambda f, b: conditioning(f, b, rec))(frozen, {'ids': ids, 'mask': mask})
   cache = rollout.empty_cache(chunking, len(ids), streaming=True)
   shape = chunking.latent
   features = vae.init_decode_cache(rec.vae, len(ids), shape[0], shape[1])

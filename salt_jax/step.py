@@ -16,6 +16,7 @@ from salt_jax.losses.reconstruction import vae_loss
 from salt_jax.losses.regression import flow_matching_loss, ode_loss
 from salt_jax.models import text as text_model
 from salt_jax.models import wan
+from salt_jax.models.prompt import Prompt
 from salt_jax.recipe import Recipe, draw_plan
 from salt_jax.state import TrainState
 
@@ -42,6 +43,12 @@ def unconditional(frozen, batch: int, recipe: Recipe):
   ids = jnp.broadcast_to(frozen['negative']['ids'], (batch, frozen['negative']['ids'].shape[-1]))
   mask = jnp.broadcast_to(frozen['negative']['mask'], ids.shape)
   return encode(frozen, ids, mask, recipe)
+
+
+def conditioning(frozen, batch, recipe: Recipe) -> tuple[Prompt, Prompt]:
+  """(prompts of a batch, the same with the unconditional text)."""
+  text = encode(frozen, batch['ids'], batch['mask'], recipe)
+  return Prompt(text), Prompt(unconditional(frozen, text.shape[0], recipe))
 
 
 def _model(cfg: wan.WanConfig, params, ctx: wan.Clip):
@@ -77,8 +84,7 @@ def generator_step(
   """Rolls the student out, then updates it by the losses that the config lists."""
   shared, keys = step_keys(recipe, n, 'generator', batch['index'])
   rollout_keys, loss_keys = _split(keys)
-  text = encode(frozen, batch['ids'], batch['mask'], recipe)
-  texts = (text, unconditional(frozen, text.shape[0], recipe))
+  texts = text, _ = conditioning(frozen, batch, recipe)
   plan = draw_plan(recipe, shared)
   apply = wan.bind(recipe.model)
   rolled = rollout(apply, state.params['generator'], rollout_keys, text, plan)
@@ -106,7 +112,7 @@ def critic_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple
   """Rolls the student out anew and fits the critic to it."""
   shared, keys = step_keys(recipe, n, 'critic', batch['index'])
   rollout_keys, loss_keys = _split(keys)
-  text = encode(frozen, batch['ids'], batch['mask'], recipe)
+  text, _ = conditioning(frozen, batch, recipe)
   plan = draw_plan(recipe, shared)
   rolled = rollout(wan.bind(recipe.model), state.params['generator'], rollout_keys, text, plan)
 
@@ -123,7 +129,7 @@ def critic_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple
 def ode_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple[TrainState, dict]:
   """Chunk-causal regression on teacher trajectories."""
   _, keys = step_keys(recipe, n, 'generator', batch['index'])
-  text = encode(frozen, batch['ids'], batch['mask'], recipe)
+  text, _ = conditioning(frozen, batch, recipe)
   sigmas = jnp.asarray(
     flow.few_step_sigmas(recipe.schedule.steps[0], recipe.schedule.shift), jnp.float32
   )
@@ -149,7 +155,7 @@ def flow_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple[T
   mask = jnp.where(drop, frozen['negative']['mask'], batch['mask'])
 
   def loss_fn(params):
-    text = text_model.encode(params['text'], ids, mask, recipe.text)
+    text = Prompt(text_model.encode(params['text'], ids, mask, recipe.text))
     model = _model(recipe.model, params['dit'], wan.Clip())
     x0 = batch['latents'].astype(jnp.float32)
     per_example, aux = flow_matching_loss(model, x0, text, loss_keys, recipe.flow_shift)

@@ -21,6 +21,7 @@ from salt_jax.diffusion import flow
 from salt_jax.errors import InputError
 from salt_jax.models import rope
 from salt_jax.models.cache import KVCache, allocate, slots_needed, write
+from salt_jax.models.prompt import Prompt
 from salt_jax.models.wan import Chunk, Clip
 
 # Draws of `flow.frame_noise`: 0 is the first noise, step i re-noises with i + 1, the cache pass with this one.
@@ -115,7 +116,7 @@ def denoise_chunk(
   apply: Callable,
   params,
   keys: Key[Array, 'b'],
-  text: Float[Array, 'b n d'],
+  text: Prompt,
   plan: Plan,
   state: tuple,
 ) -> tuple[Float[Array, 'b f h w c'], Float[Array, 'b f h w c'], KVCache]:
@@ -127,7 +128,7 @@ def denoise_chunk(
     apply: the model.
     params: its parameters.
     keys: one key an example.
-    text: encoder rows.
+    text: what the clips are conditioned on.
     plan: schedule and exit.
     state: (cache, start); a Python int as start reads the cache statically.
 
@@ -161,16 +162,14 @@ def denoise_chunk(
   return x0, exit_x, write(cache, k, v, start)
 
 
-def rollout(
-  apply: Callable, params, key: Key[Array, 'b'], text: Float[Array, 'b n d'], plan: Plan
-) -> Rollout:
+def rollout(apply: Callable, params, key: Key[Array, 'b'], text: Prompt, plan: Plan) -> Rollout:
   """A whole clip without gradient (Self-Forcing's rollout; salt_method.md 1.6).
 
   Args:
     apply: `(params, x, t, text, ctx) -> (velocity, features)`.
     params: parameters; no gradient reaches them.
     key: one key an example.
-    text: encoder rows.
+    text: what the clips are conditioned on.
     plan: what to do.
 
   Returns:
@@ -178,7 +177,7 @@ def rollout(
   """
   params, text = jax.lax.stop_gradient((params, text))
   chunking = plan.chunking
-  cache = empty_cache(chunking, text.shape[0])
+  cache = empty_cache(chunking, key.shape[0])
   starts = range(0, chunking.frames, chunking.chunk)
   if chunking.unroll:
     outs = []
@@ -187,7 +186,7 @@ def rollout(
       outs.append((x0, exit_x))
     x0, exit_x = (jnp.concatenate(parts, axis=1) for parts in zip(*outs, strict=True))
   else:
-    zeros = jnp.zeros((text.shape[0], chunking.frames, *chunking.latent))
+    zeros = jnp.zeros((key.shape[0], chunking.frames, *chunking.latent))
 
     def body(i, carry):
       x0, exit_x, cache = carry
@@ -201,7 +200,7 @@ def rollout(
 
 
 def exit_x0(
-  apply: Callable, params, text: Float[Array, 'b n d'], rolled: Rollout, chunk: int
+  apply: Callable, params, text: Prompt, rolled: Rollout, chunk: int
 ) -> Float[Array, 'b f h w c']:
   """The output of a rollout once more, with gradient through the exit step and through nothing else."""
   trace, cache = jax.lax.stop_gradient((rolled.trace, rolled.cache))
