@@ -6,10 +6,11 @@ All randomness of step n comes from `fold_in(seed, n)` and an example's index in
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from salt_jax import optim
 from salt_jax.diffusion import flow
+from salt_jax.diffusion.conditioning import condition
 from salt_jax.diffusion.rollout import exit_x0, rollout
 from salt_jax.losses.dmd import Fns, critic_loss, dmd_loss
 from salt_jax.losses.reconstruction import vae_loss
@@ -45,10 +46,16 @@ def unconditional(frozen, batch: int, recipe: Recipe):
   return encode(frozen, ids, mask, recipe)
 
 
+def given_frames(batch, recipe: Recipe) -> Float[Array, 'b f h w c'] | None:
+  """`Prompt.frames` of a batch: the mask, and its field `condition` (`precompute.first_frames`); None for T2V."""
+  return condition(batch['condition']) if recipe.model.frame_channels else None
+
+
 def conditioning(frozen, batch, recipe: Recipe) -> tuple[Prompt, Prompt]:
-  """(prompts of a batch, the same with the unconditional text)."""
+  """(prompts of a batch, the same with the unconditional text): both have the same frames (wan.md 5.4)."""
   text = encode(frozen, batch['ids'], batch['mask'], recipe)
-  return Prompt(text), Prompt(unconditional(frozen, text.shape[0], recipe))
+  prompt = Prompt(text, frames=given_frames(batch, recipe))
+  return prompt, prompt.replace(text=unconditional(frozen, text.shape[0], recipe))
 
 
 def _model(cfg: wan.WanConfig, params, ctx: wan.Clip):
@@ -155,7 +162,8 @@ def flow_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple[T
   mask = jnp.where(drop, frozen['negative']['mask'], batch['mask'])
 
   def loss_fn(params):
-    text = Prompt(text_model.encode(params['text'], ids, mask, recipe.text))
+    rows = text_model.encode(params['text'], ids, mask, recipe.text)
+    text = Prompt(rows, frames=given_frames(batch, recipe))
     model = _model(recipe.model, params['dit'], wan.Clip())
     x0 = batch['latents'].astype(jnp.float32)
     per_example, aux = flow_matching_loss(model, x0, text, loss_keys, recipe.flow_shift)

@@ -34,8 +34,8 @@ PATCH = 2
 class WanConfig:
   """Sizes of a DiT and how it computes; hashable, so it is static under jit.
 
-  Input channels beyond the output's take `Prompt.frames`. With `image_dim` there are `image_len` rows of a CLIP
-  tower, given learned positions if `image_positions` (those of FLF2V are of two images).
+  Input channels beyond the output's take `Prompt.frames`. If `image_dim` is not 0, there are `image_len` rows of that
+  width from a CLIP tower, given learned positions if `image_positions` (those of FLF2V are of two images).
   """
 
   dim: int
@@ -46,7 +46,7 @@ class WanConfig:
   text_len: int = 512
   in_channels: int = 16
   out_channels: int = 16
-  image_dim: int | None = None
+  image_dim: int = 0
   image_len: int = 257
   image_positions: bool = False
   freq_dim: int = 256
@@ -339,7 +339,7 @@ class Wan(nn.Module):
     x = _dense(cfg.dim, cfg, 'patch_embedding')(x).astype(jnp.float32)
     text = _dense(cfg.dim, cfg, 'text_embedding_0', 0.02)(prompt.text)
     text = _dense(cfg.dim, cfg, 'text_embedding_2', 0.02)(jax.nn.gelu(text, approximate=True))
-    image = None if cfg.image_dim is None else ImageEmbedding(cfg, name='img_emb')(prompt.image)
+    image = ImageEmbedding(cfg, name='img_emb')(prompt.image) if cfg.image_dim else None
     e = _dense(cfg.dim, cfg, 'time_embedding_0', 0.02, jnp.float32)(sinusoid(t, cfg.freq_dim))
     e = _dense(cfg.dim, cfg, 'time_embedding_2', 0.02, jnp.float32)(jax.nn.silu(e))
     e6 = _dense(6 * cfg.dim, cfg, 'time_projection_1', dtype=jnp.float32)(jax.nn.silu(e))
