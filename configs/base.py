@@ -8,6 +8,7 @@ from salt_jax.errors import InputError
 from salt_jax.models import text, vae, wan
 
 WAN_SIZES = {'nano': wan.wan_nano, '1.3b': wan.wan_1_3b, '14b': wan.wan_14b}
+I2V_SIZES = {'nano': wan.wan_nano_i2v, '14b': wan.wan_i2v_14b}
 
 
 def parse_arg(arg: str | None, **spec) -> ConfigDict:
@@ -58,9 +59,16 @@ def _section(dataclass) -> ConfigDict:
   return ConfigDict(dataclasses.asdict(dataclass))
 
 
-def dit(size: str) -> ConfigDict:
-  """A DiT; everything above nano runs remat and bfloat16."""
-  return _section(WAN_SIZES[size]())
+def dit(size: str, i2v: bool = False) -> ConfigDict:
+  """A DiT, given the first frame if `i2v`; everything above nano runs remat and bfloat16.
+
+  Raises:
+    InputError: a size that has no image-to-video form.
+  """
+  sizes = I2V_SIZES if i2v else WAN_SIZES
+  if size not in sizes:
+    raise InputError(f'{size} has no image-to-video form: choose one of {", ".join(sizes)}.')
+  return _section(sizes[size]())
 
 
 def vae_section(size: str) -> ConfigDict:
@@ -179,6 +187,25 @@ def terms(layers: int) -> ConfigDict:
       ),
     )
   )
+
+
+def first_frames(config: ConfigDict) -> None:
+  """Makes a distillation image-to-video: frames for all three networks, and clips to take them from."""
+  for name in ('model', 'teacher'):
+    config[name] = dit('nano' if config[name].dim == dit('nano').dim else '14b', i2v=True)
+  config.name += '-i2v'
+  config.data = dict(kind='clips', path='')
+  config.latents = dict(count=4096, batch=64)
+  if config.size == 'nano':
+    made = 'runs/pretrain-teacher-i2v/export/pretrain-teacher-i2v'
+    config.weights.update(teacher=f'{made}-dit.safetensors', text=f'{made}-text.safetensors')
+    config.weights.init = (
+      'runs/causal_init-nano-i2v/export/causal_init-nano-i2v-generator.safetensors'
+    )
+  else:
+    config.weights.update(
+      teacher='weights/Wan2.1-I2V-14B.safetensors', critic='weights/Wan2.1-I2V-14B.safetensors'
+    )
 
 
 def rollout(size: str, **changes) -> ConfigDict:

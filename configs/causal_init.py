@@ -9,7 +9,7 @@ from configs import base
 
 
 def get_config(arg=None):
-  arg = base.parse_arg(arg, size=('1.3b', 'nano', '14b'), steps=3000)
+  arg = base.parse_arg(arg, size=('1.3b', 'nano', '14b'), steps=3000, i2v=False)
   nano = arg.size == 'nano'
   config = base.common(
     name=f'causal_init-{arg.size}',
@@ -32,4 +32,6 @@ def get_config(arg=None):
   config.ema = dict(decay=0.99, start=0)
   config.data = dict(kind='captions' if nano else 'prompts', path='' if nano else 'prompts.txt')
   config.evaluate = dict(clips=128, rows=4, steps=(4, 2), teacher_steps=24, guidance=4.0)
+  if arg.i2v:
+    base.first_frames(config)
   return config

@@ -5,6 +5,7 @@
 
 The student is trained on eight levels; the four-step grid of inference gives the ends of its time triples.
 
+i2v      the first frame is given, to student, teacher and critic
 method=  sc_dmd (the default), dmd8 (the same grid without the term) or dmd (four levels)
 """
 
@@ -12,7 +13,9 @@ from configs import base
 
 
 def get_config(arg=None):
-  arg = base.parse_arg(arg, size=('1.3b', 'nano', '14b'), method=('sc_dmd', 'dmd8', 'dmd'))
+  arg = base.parse_arg(
+    arg, size=('1.3b', 'nano', '14b'), method=('sc_dmd', 'dmd8', 'dmd'), i2v=False
+  )
   nano = arg.size == 'nano'
   config = base.common(
     name=f'dmd-{arg.size}-{arg.method}',
@@ -36,4 +39,7 @@ def get_config(arg=None):
   config.ema = dict(decay=0.95 if nano else 0.99, start=0 if nano else 200)
   config.data = dict(kind='captions' if nano else 'prompts', path='' if nano else 'prompts.txt')
   config.evaluate = dict(clips=16, rows=4, steps=(4, 2), teacher_steps=24, guidance=4.0)
+  if arg.i2v:
+    base.first_frames(config)
+    config.weights.init = config.weights.teacher
   return config

@@ -2,16 +2,23 @@
 
   python -m salt_jax.main --config=configs/pretrain.py:vae
   python -m salt_jax.main --config=configs/pretrain.py:teacher
+  python -m salt_jax.main --config=configs/pretrain.py:teacher,i2v
 
-The second writes the latents of its clips into the workdir first. Both want a GPU or a TPU.
+The last one's teacher is given the first frame besides the caption. A teacher writes the latents of its clips into
+the workdir first. All want a GPU or a TPU.
 """
 
 from configs import base
+from salt_jax.errors import InputError
 
 
 def get_config(arg=None):
-  arg = base.parse_arg(arg, net=('teacher', 'vae'), steps=0)
-  return _vae(arg.steps or 4000) if arg.net == 'vae' else _teacher(arg.steps or 20000)
+  arg = base.parse_arg(arg, net=('teacher', 'vae'), steps=0, i2v=False)
+  if arg.net == 'teacher':
+    return _teacher(arg.steps or 20000, arg.i2v)
+  if arg.i2v:
+    raise InputError('the config argument i2v is for the teacher: the VAE serves both.')
+  return _vae(arg.steps or 4000)
 
 
 def _vae(steps):
@@ -30,11 +37,15 @@ def _vae(steps):
   return config
 
 
-def _teacher(steps):
+def _teacher(steps, i2v):
   config = base.common(
-    name='pretrain-teacher', stage='flow', size='nano', total_steps=steps, batch=128
+    name='pretrain-teacher-i2v' if i2v else 'pretrain-teacher',
+    stage='flow',
+    size='nano',
+    total_steps=steps,
+    batch=128,
   )
-  config.model = base.dit('nano')
+  config.model = base.dit('nano', i2v)
   config.data = dict(kind='clips', frames=81)
   config.latents = dict(count=24576, batch=64)
   config.text_dropout = 0.1

@@ -11,6 +11,7 @@ method=   salt      mixed steps, consistency, alignment to a denser-step referen
           mixed     mixed steps
           sc        eight steps and consistency; the paper reports that this alone hurts an autoregressive student
           dmd       four steps: Self Forcing
+i2v       the first frame is given, to student, teacher and critic
 backbone= self_forcing, causal_forcing (another init, alignment from step 700) or longlive (window 12, sink 3)
 """
 
@@ -28,7 +29,7 @@ ALIGNMENT = {
 
 def get_config(arg=None):
   arg = base.parse_arg(
-    arg, size=('1.3b', 'nano', '14b'), method=METHODS, backbone=BACKBONES, chunk=3
+    arg, size=('1.3b', 'nano', '14b'), method=METHODS, backbone=BACKBONES, chunk=3, i2v=False
   )
   nano = arg.size == 'nano'
   config = base.common(
@@ -65,6 +66,8 @@ def get_config(arg=None):
   config.data = dict(kind='captions' if nano else 'prompts', path='' if nano else 'prompts.txt')
   # At the end: judged clips of held-out images and captions, and rows of the picture.
   config.evaluate = dict(clips=16, rows=4, steps=(4, 2), teacher_steps=24, guidance=4.0)
+  if arg.i2v:
+    base.first_frames(config)
   return config
 
 

@@ -11,6 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from salt_jax import convert
+from salt_jax.diffusion.conditioning import FOLD
 from salt_jax.diffusion.flow import TRAIN_STEPS
 from salt_jax.errors import InputError
 
@@ -86,6 +87,8 @@ def check(config: ConfigDict) -> None:
   for name in ('model', 'teacher'):
     if name in config:
       _check_dit(config, name)
+  if 'model' in config:
+    _check_first_frames(config)
   if 'dmd' in config and not 0 <= config.dmd.t_min < config.dmd.t_max <= TRAIN_STEPS:
     raise InputError(
       f'dmd.t_min={config.dmd.t_min} must be below dmd.t_max={config.dmd.t_max}, both between 0 and {TRAIN_STEPS}.'
@@ -153,7 +156,6 @@ def _ranges(config: ConfigDict) -> None:
 def _check_dit(config: ConfigDict, name: str) -> None:
   model = config[name]
   pairs = (
-    ('in_channels', 'vae.z_dim', config.vae.z_dim),
     ('out_channels', 'vae.z_dim', config.vae.z_dim),
     ('text_dim', 'text.dim', config.text.dim),
     ('text_len', 'text_length', config.text_length),
@@ -161,6 +163,40 @@ def _check_dit(config: ConfigDict, name: str) -> None:
   for key, other, value in pairs:
     if key in model and model[key] != value:
       raise InputError(f'{name}.{key}={model[key]} must equal {other}={value}.')
+  latent = config.vae.z_dim
+  image_to_video = latent + FOLD + latent
+  if model.in_channels not in (latent, image_to_video):
+    raise InputError(
+      f'{name}.in_channels={model.in_channels} must equal vae.z_dim={latent}, or {image_to_video} for I2V.'
+    )
+  if any(_values(config, f'{name}.image_dim')):
+    raise InputError(
+      f'{name}.image_dim={model.image_dim} wants the rows of a CLIP tower, which salt_jax does not have yet.'
+    )
+
+
+def _check_first_frames(config: ConfigDict) -> None:
+  """All networks of a stage are given first frames, or none is; and the data must have them."""
+  model, z_dim = config.model, config.vae.z_dim
+  if 'teacher' in config and config.teacher.in_channels != model.in_channels:
+    raise InputError(
+      f'teacher.in_channels={config.teacher.in_channels} must equal model.in_channels={model.in_channels}: '
+      'both are given first frames, or neither.'
+    )
+  given, wanted = config.data.kind == 'clips', model.in_channels > z_dim
+  if wanted and config.size != 'nano':
+    raise InputError(
+      f'I2V is trained in the nano world alone: {config.name} has no clips to take first frames from.'
+    )
+  if config.stage == 'selfforcing' and given != wanted:
+    kinds = 'clips, which have a first frame' if wanted else 'captions or prompts'
+    raise InputError(
+      f'data.kind={config.data.kind} does not fit model.in_channels={model.in_channels}: choose {kinds}.'
+    )
+  if config.stage == 'selfforcing' and given and 'latents' not in config:
+    raise InputError(
+      'the config has no section "latents": set latents.count and latents.batch, clips whose first frames are encoded.'
+    )
 
 
 def _check_terms(config: ConfigDict) -> None:
@@ -209,7 +245,7 @@ def _check_clips(config: ConfigDict) -> None:
     raise InputError(
       f'video.height={video.height} and video.width={video.width} must be equal: the clips of nano are square.'
     )
-  if 'data' in config and config.data.kind == 'clips' and (config.data.frames - 1) % 4:
+  if any((frames - 1) % 4 for frames in _values(config, 'data.frames')):
     raise InputError(
       f'data.frames={config.data.frames} must be 4n + 1, such as {config.data.frames // 4 * 4 + 1}.'
     )

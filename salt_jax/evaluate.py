@@ -19,7 +19,18 @@ from absl import flags
 from jaxtyping import PyTree, UInt8
 from ml_collections import ConfigDict
 
-from salt_jax import cli, clips, convert, judge, recipe, sample, stages, video, weights
+from salt_jax import (
+  cli,
+  clips,
+  convert,
+  judge,
+  precompute,
+  recipe,
+  sample,
+  stages,
+  video,
+  weights,
+)
 from salt_jax.errors import InputError
 from salt_jax.losses.reconstruction import fold_statistics
 from salt_jax.models import vae
@@ -65,11 +76,28 @@ def finished(config: ConfigDict, rec: Recipe, networks: dict[str, PyTree]) -> di
   return {'vae': jax.tree.map(np.asarray, fold_statistics(params, z.mean(axes), z.std(axes)))}
 
 
-def _real(config: ConfigDict, index, split: str = 'train') -> UInt8[np.ndarray, 'b f h w 3']:
-  frames, size = config.video.frames, config.video.height
+def _real(
+  config: ConfigDict, index, split: str = 'train', frames: int = 0
+) -> UInt8[np.ndarray, 'b f h w 3']:
+  frames, size = frames or config.video.frames, config.video.height
   return np.stack(
     [clips.render(clips.describe(int(i), split, config.seed), frames, size) for i in index]
   )
+
+
+def _given_frames(config: ConfigDict, rec: Recipe, split: str = 'seen') -> Callable:
+  """Wraps a maker of samplers: an I2V network is given the first frames of the real clips."""
+  if not rec.model.frame_channels:
+    return lambda make: make
+  params = weights.load(config.weights.vae, 'vae', rec.vae)
+  encode = precompute.first_frames(rec, config.video.frames)
+
+  def with_frames(sampler):
+    return lambda ids, mask, index: sampler(
+      ids, mask, index, encode(params, _real(config, index, split, 1))
+    )
+
+  return lambda make: lambda *args: with_frames(make(*args))
 
 
 def methods(config: ConfigDict, rec: Recipe, networks: dict[str, PyTree]) -> list[Method]:
@@ -77,22 +105,24 @@ def methods(config: ConfigDict, rec: Recipe, networks: dict[str, PyTree]) -> lis
   cfg = config.evaluate
   if config.stage == 'vae':
     return [_real_method(config), _reconstruction(config, rec, networks['vae'])]
+  given = _given_frames(config, rec)
   if config.stage == 'flow':
     frozen = {'text': networks['text']} | {'negative': stages.serving(config, rec)['negative']}
     shape = recipe.latent_shape(config)
-    make = sample.teacher(rec, rec.model, frozen, shape, cfg.guidance)
+    make = given(sample.teacher(rec, rec.model, frozen, shape, cfg.guidance))
     return [
       Method(f'teacher, {n} steps', make(networks['dit'], n, cfg.shift)) for n in cfg.teacher_steps
     ]
   frozen = stages.serving(config, rec, 'text', 'teacher')
-  make = sample.teacher(rec, rec.teacher, frozen, recipe.latent_shape(config), cfg.guidance)
+  shape = recipe.latent_shape(config)
+  make = given(sample.teacher(rec, rec.teacher, frozen, shape, cfg.guidance))
   rows = [
     Method(
       f'teacher, {cfg.teacher_steps} steps',
       make(frozen['teacher'], cfg.teacher_steps, rec.schedule.shift),
     )
   ]
-  few = sample.student(rec, frozen)
+  few = given(sample.student(rec, frozen))
   if config.stage == 'selfforcing':
     init = weights.load(config.weights.init, 'dit', rec.model)
     rows += [Method(f'causal init, {n} steps', few(init, n)) for n in cfg.steps]
@@ -220,16 +250,17 @@ def write(folder: str, rows: list[Row], captions: list[str], count: int) -> None
   log.info('wrote report.md, report.json and samples.png to %s', folder)
 
 
-def shipped(config: ConfigDict, rec: Recipe, checkpoint: str | None) -> list[Method]:
+def shipped(
+  config: ConfigDict, rec: Recipe, checkpoint: str | None, split: str = 'seen'
+) -> list[Method]:
   """Every row of the card: the networks that ship, and the student of a run."""
   weights.require(config, ('text', 'teacher', 'vae', 'init', 'student'))
   own = student_of(checkpoint, rec) if checkpoint else None
   frozen = stages.serving(config, rec, 'text', 'teacher', 'vae')
-  make = sample.teacher(
-    rec, rec.teacher, frozen, recipe.latent_shape(config), config.evaluate.guidance
-  )
-  few = sample.student(rec, frozen)
-  rows = [_real_method(config), _reconstruction(config, rec, frozen['vae'])]
+  given, shape = _given_frames(config, rec, split), recipe.latent_shape(config)
+  make = given(sample.teacher(rec, rec.teacher, frozen, shape, config.evaluate.guidance))
+  few = given(sample.student(rec, frozen))
+  rows = [_real_method(config, split), _reconstruction(config, rec, frozen['vae'], split)]
   for n in (50, 24, 4, 2):
     label = f'teacher, {n} steps' if n > 4 else f'teacher cut to {n} steps'
     rows.append(Method(label, make(frozen['teacher'], n, rec.schedule.shift)))
@@ -284,9 +315,8 @@ def program() -> None:
     )
   cli.check_folder('output', args.output)
   vae_params = weights.load(args.config.weights.vae, 'vae', rec.vae)
-  rows = measure(
-    args.config, rec, vae_params, shipped(args.config, rec, args.checkpoint), args.clips, args.split
-  )
+  rows = shipped(args.config, rec, args.checkpoint, args.split)
+  rows = measure(args.config, rec, vae_params, rows, args.clips, args.split)
   captions = clips.captions(args.split, np.arange(args.clips), args.config.seed)
   write(args.output, rows, captions, args.config.evaluate.rows)
 

@@ -16,11 +16,12 @@ from ml_collections import ConfigDict
 
 from salt_jax import data, recipe, weights
 from salt_jax.diffusion import flow, solvers
+from salt_jax.diffusion.conditioning import known_video
 from salt_jax.errors import InputError
 from salt_jax.models import vae, wan
 from salt_jax.recipe import Recipe
 from salt_jax.sharding import over_local_devices
-from salt_jax.step import encode, to_unit, unconditional
+from salt_jax.step import conditioning, to_unit
 from salt_jax.store import Field, StoreWriter
 
 log = logging.getLogger(__name__)
@@ -65,76 +66,107 @@ def _from(
   return get
 
 
+def first_frames(rec: Recipe, frames: int) -> Callable:
+  """`(VAE parameters, uint8 first frames [b 1 h w 3]) -> float16 [b f h w z]`: a batch's field `condition`.
+
+  They are the latents of a video of `frames` that is grey behind its first frame (wan.md 5.5).
+  """
+  return jax.jit(
+    lambda params, first: vae.encode(params, known_video(to_unit(first), frames), rec.vae).astype(
+      jnp.float16
+    )
+  )
+
+
+def _fields(config: ConfigDict, rec: Recipe, **own: Field) -> dict[str, Field]:
+  """A store's own fields, the prompts, and for I2V what conditions on the first frame."""
+  length = rec.text_length
+  fields = own | {'ids': Field((length,), 'int32'), 'mask': Field((length,), 'bool')}
+  if rec.model.frame_channels:
+    fields['condition'] = Field(recipe.latent_shape(config), 'float16')
+  return fields
+
+
+def _clips(config: ConfigDict, rec: Recipe, frames: int, batch: int) -> Callable[[int], dict]:
+  feed = functools.partial(
+    data.clips, frames=frames, size=config.video.height, length=rec.text_length
+  )
+  return _from(feed, batch, config)
+
+
+def _conditioner(config: ConfigDict, rec: Recipe) -> Callable[[dict], dict]:
+  """The fields that every store has, of a batch of clips or captions."""
+  if not rec.model.frame_channels:
+    return lambda item: {'ids': item['ids'], 'mask': item['mask']}
+  params = weights.load(config.weights.vae, 'vae', rec.vae)
+  encode = first_frames(rec, config.video.frames)
+
+  def make(item):
+    latents = encode(params, over_local_devices(item['video'][:, :1]))
+    return {'ids': item['ids'], 'mask': item['mask'], 'condition': np.asarray(latents)}
+
+  return make
+
+
+def conditions(config: ConfigDict, rec: Recipe, folder: str) -> str:
+  """Captions of `latents.count` training clips and their first frames; fields condition, ids, mask."""
+  batch, facts = config.latents.batch, {'seed': config.seed, 'video': dict(config.video)}
+  clips, common = _clips(config, rec, 1, batch), _conditioner(config, rec)
+  fields = _fields(config, rec)
+  return _fill(folder, fields, config.latents.count, batch, facts, lambda n: common(clips(n)))
+
+
 def latents(config: ConfigDict, rec: Recipe, folder: str) -> str:
-  """Encodes `latents.count` training clips; fields latents float16 `[f h w c]`, ids, mask."""
+  """Encodes `latents.count` training clips; fields latents float16 `[f h w c]`, ids, mask, for I2V condition."""
   weights.require(config, ['vae'])
   params = weights.load(config.weights.vae, 'vae', rec.vae)
-  shape, length, batch = recipe.latent_shape(config), rec.text_length, config.latents.batch
-  fields = {
-    'latents': Field(shape, 'float16'),
-    'ids': Field((length,), 'int32'),
-    'mask': Field((length,), 'bool'),
-  }
-  clips = _from(
-    functools.partial(
-      data.clips, frames=config.video.frames, size=config.video.height, length=length
-    ),
-    batch,
-    config,
-  )
+  batch, facts = config.latents.batch, {'seed': config.seed, 'video': dict(config.video)}
+  clips, common = _clips(config, rec, config.video.frames, batch), _conditioner(config, rec)
   run = jax.jit(lambda p, video: vae.encode(p, to_unit(video), rec.vae).astype(jnp.float16))
 
   def make(number):
     item = clips(number)
-    return {
-      'latents': np.asarray(run(params, over_local_devices(item['video']))),
-      'ids': item['ids'],
-      'mask': item['mask'],
-    }
+    return {'latents': np.asarray(run(params, over_local_devices(item['video'])))} | common(item)
 
-  return _fill(
-    folder,
-    fields,
-    config.latents.count,
-    batch,
-    {'seed': config.seed, 'video': dict(config.video)},
-    make,
-  )
+  fields = _fields(config, rec, latents=Field(recipe.latent_shape(config), 'float16'))
+  return _fill(folder, fields, config.latents.count, batch, facts, make)
 
 
 def ode_pairs(config: ConfigDict, rec: Recipe, frozen: dict, folder: str) -> str:
-  """Teacher trajectories; fields trajectory float16 `[p f h w c]` (kept inputs, then the end), ids, mask.
+  """Teacher trajectories; fields trajectory float16 `[p f h w c]` (kept inputs, then the end) and ids, mask, for I2V
+  condition.
 
   The kept levels are those of the student's schedule, which the teacher's grid contains.
   """
   keep, pairs = rec.schedule.steps[0], config.pairs
   weights.require(config, ['teacher'])
   teacher = weights.load(config.weights.teacher, 'dit', rec.teacher)
-  shape, length = recipe.latent_shape(config), rec.text_length
-  fields = {
-    'trajectory': Field((keep + 1, *shape), 'float16'),
-    'ids': Field((length,), 'int32'),
-    'mask': Field((length,), 'bool'),
-  }
+  shape = recipe.latent_shape(config)
+  fields = _fields(config, rec, trajectory=Field((keep + 1, *shape), 'float16'))
   sigmas = flow.few_step_sigmas(pairs.steps, rec.schedule.shift)
 
   @jax.jit
-  def run(teacher, frozen, ids, mask, index):
-    texts = encode(frozen, ids, mask, rec), unconditional(frozen, ids.shape[0], rec)
-    keys = flow.example_keys(jax.random.key(rec.seed), index)
+  def run(teacher, frozen, batch):
+    texts = conditioning(frozen, batch, rec)
+    keys = flow.example_keys(jax.random.key(rec.seed), batch['index'])
     noise = flow.frame_noise(keys, jnp.arange(shape[0]), 0, shape[1:])
     apply = wan.bind(rec.teacher)
     return solvers.euler_trajectory(
       apply, teacher, noise, texts, sigmas, pairs.guidance, keep=keep
     ).astype(jnp.float16)
 
-  batches = _from(functools.partial(data.captions, length=length), pairs.batch, config)
+  common = _conditioner(config, rec)
+  if rec.model.frame_channels:
+    batches = _clips(config, rec, 1, pairs.batch)
+  else:
+    captions = functools.partial(data.captions, length=rec.text_length)
+    batches = _from(captions, pairs.batch, config)
 
   def make(number):
     item = batches(number)
-    batch = over_local_devices((item['ids'], item['mask'], item['index'].astype(np.int32)))
-    trajectory = np.asarray(run(teacher, frozen, *batch))
-    return {'trajectory': trajectory, 'ids': item['ids'], 'mask': item['mask']}
+    record = common(item)
+    batch = over_local_devices(record | {'index': item['index'].astype(np.int32)})
+    return {'trajectory': np.asarray(run(teacher, frozen, batch))} | record
 
   facts = {'seed': config.seed, 'pairs': dict(pairs), 'shift': rec.schedule.shift}
   return _fill(folder, fields, pairs.count, pairs.batch, facts, make)

@@ -15,25 +15,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jaxtyping import Array, Float, Int, PyTree, UInt8
+from jaxtyping import Array, Float, PyTree, UInt8
 from ml_collections import ConfigDict
 
-from salt_jax import checkpoint, cli, recipe, stages, video, weights
+from salt_jax import checkpoint, cli, precompute, recipe, stages, video, weights
 from salt_jax.checks import MAX_STEPS
 from salt_jax.diffusion import flow, rollout, solvers
 from salt_jax.errors import InputError
 from salt_jax.models import vae, wan
+from salt_jax.models.prompt import Prompt
 from salt_jax.recipe import Recipe
-from salt_jax.step import encode, to_bytes, unconditional
+from salt_jax.step import conditioning, to_bytes
 
 log = logging.getLogger('salt_jax.sample')
 
-# Draws `(ids, mask, index) -> latents`; the noise of a clip depends on its index alone, not on who samples.
-Sampler = Callable[[Int[Array, 'b n'], Array, Int[Array, 'b']], Float[Array, 'b f h w c']]
+# Draws `(ids, mask, index[, condition]) -> latents`, condition for I2V as `precompute.first_frames` makes it; the noise
+# of a clip depends on its index alone, not on who samples.
+Sampler = Callable[..., Float[Array, 'b f h w c']]
 
 
 def _keys(rec: Recipe, index):
   return flow.example_keys(jax.random.key(rec.seed + 1), index)
+
+
+def _prompts(frozen: PyTree, batch: tuple, rec: Recipe) -> tuple[Prompt, Prompt]:
+  names = ('ids', 'mask', 'index', 'condition')
+  return conditioning(frozen, dict(zip(names, batch, strict=False)), rec)
 
 
 def student(rec: Recipe, frozen: PyTree) -> Callable[[PyTree, int], Sampler]:
@@ -49,10 +56,9 @@ def student(rec: Recipe, frozen: PyTree) -> Callable[[PyTree, int], Sampler]:
 
   @jax.jit
   def run(params, frozen, sigmas, exit_step, batch):
-    ids, mask, index = batch
     plan = rollout.student_plan(rec.chunking, sigmas, exit_step)
-    text = encode(frozen, ids, mask, rec)
-    return rollout.rollout(wan.bind(rec.model), params, _keys(rec, index), text, plan).x0
+    text, _ = _prompts(frozen, batch, rec)
+    return rollout.rollout(wan.bind(rec.model), params, _keys(rec, batch[2]), text, plan).x0
 
   def with_steps(params, steps):
     sigmas = flow.padded_sigmas(steps, rec.schedule.shift, MAX_STEPS + 1)
@@ -71,9 +77,8 @@ def teacher(
 
     @jax.jit
     def run(params, frozen, batch):
-      ids, mask, index = batch
-      texts = encode(frozen, ids, mask, rec), unconditional(frozen, ids.shape[0], rec)
-      noise = flow.frame_noise(_keys(rec, index), jnp.arange(shape[0]), 0, tuple(shape[1:]))
+      texts = _prompts(frozen, batch, rec)
+      noise = flow.frame_noise(_keys(rec, batch[2]), jnp.arange(shape[0]), 0, tuple(shape[1:]))
       return solvers.euler_sample(wan.bind(cfg), params, noise, texts, sigmas, guidance)
 
     return lambda *batch: run(params, frozen, batch)
@@ -96,13 +101,12 @@ def stream(
 
   The cache holds what a chunk can see and no more; a window makes its size independent of the length.
   """
-  ids, mask, index = batch
-  chunking = rec.chunking
+  index, chunking = batch[2], rec.chunking
   plan = recipe.full_plan(rec, steps)
-  text = jax.jit(lambda f, i, m: encode(f, i, m, rec))(frozen, ids, mask)
-  cache = rollout.empty_cache(chunking, len(ids), streaming=True)
+  text, _ = jax.jit(lambda f, b: _prompts(f, b, rec))(frozen, tuple(batch))
+  cache = rollout.empty_cache(chunking, len(index), streaming=True)
   shape = chunking.latent
-  features = vae.init_decode_cache(rec.vae, len(ids), shape[0], shape[1])
+  features = vae.init_decode_cache(rec.vae, len(index), shape[0], shape[1])
 
   @jax.jit
   def generate(params, text, index, cache, start):
@@ -169,6 +173,7 @@ def _student_recipe(config: ConfigDict, path: str) -> Recipe:
 def define_flags() -> None:
   flags.DEFINE_string('checkpoint', None, 'Workdir of a run, an exported file, or assets:NAME.')
   flags.DEFINE_multi_string('prompt', [], 'What to show; may be given several times.')
+  flags.DEFINE_string('image', None, 'First frame of the clips, for an image-to-video student.')
   flags.DEFINE_integer('steps', 4, f'Denoising steps a chunk, 1 to {MAX_STEPS}.')
   flags.DEFINE_integer(
     'seed', 0, 'Number of the first noise.', lower_bound=0, upper_bound=2**31 - 1000
@@ -195,13 +200,42 @@ def _check(args) -> None:
   cli.check_folder('output', os.path.dirname(args.output))
 
 
+def first_image(
+  path: str | None, config: ConfigDict, rec: Recipe
+) -> UInt8[np.ndarray, 'h w 3'] | None:
+  """The picture that an I2V student begins with.
+
+  Raises:
+    InputError: the student takes none or wants one, or it is no picture, or of another size.
+  """
+  if not rec.model.frame_channels:
+    if path:
+      raise InputError(f'--image={path} has no use: this student is given text alone.')
+    return None
+  size = config.video.height, config.video.width
+  if not path:
+    raise InputError(
+      f'pass --image: this student continues a picture of {size[1]}x{size[0]} pixels.'
+    )
+  image = video.read_image(path)
+  if image.shape[:2] != size:
+    raise InputError(
+      f'--image={path} is {image.shape[1]}x{image.shape[0]}: scale it to {size[1]}x{size[0]} pixels.'
+    )
+  return image
+
+
 def program() -> None:
   args = flags.FLAGS
   _check(args)
   config, rec, params = load(args.checkpoint)
+  image = first_image(args.image, config, rec)
   frozen = stages.serving(config, rec, 'text', 'vae')
   ids, mask = stages.tokenizer(config, rec)(list(args.prompt))
   batch = ids, mask, args.seed + np.arange(len(ids), dtype=np.int32)
+  if image is not None:
+    first = np.broadcast_to(image, (len(ids), 1, *image.shape))
+    batch += (precompute.first_frames(rec, config.video.frames)(frozen['vae'], first),)
   began = time.monotonic()
   if args.stream:
     parts = []

@@ -124,7 +124,6 @@ def _ode(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
 
 
 def _selfforcing(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
-  del workdir
   critic = 'critic' if 'critic' in config.weights else 'teacher'
   weights.require(config, sorted({'text', 'vae', 'teacher', 'init', critic}))
   shapes = weights.shapes('dit', rec.model)
@@ -135,7 +134,7 @@ def _selfforcing(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
       'critic': weights.load(config.weights[critic], 'dit', rec.model),
     }
 
-  feed = _prompts(config, rec)
+  feed = _prompts(config, rec, workdir)
   return Stage(
     shapes={'generator': shapes, 'critic': shapes},
     start=start,
@@ -148,13 +147,16 @@ def _selfforcing(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
   )
 
 
-def _prompts(config: ConfigDict, rec: Recipe) -> Callable[[data.Feed], Iterator]:
+def _prompts(config: ConfigDict, rec: Recipe, workdir: str) -> Callable[[data.Feed], Iterator]:
+  if config.data.kind == 'clips':
+    folder = precompute.conditions(config, rec, os.path.join(workdir, 'conditions'))
+    return functools.partial(data.store_batches, folder)
   if config.data.kind == 'captions':
     return functools.partial(data.captions, length=rec.text_length)
   if config.data.kind == 'prompts':
     words = tokenizer(config, rec)
     return lambda feed: data.text_file(config.data.path, feed, words)
-  raise InputError(f'data.kind={config.data.kind} is unknown: choose captions or prompts.')
+  raise InputError(f'data.kind={config.data.kind} is unknown: choose captions, clips or prompts.')
 
 
 def build(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:

@@ -8,10 +8,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from salt_jax import optim
 from salt_jax.diffusion import flow
+from salt_jax.diffusion.conditioning import condition
 from salt_jax.diffusion.draws import Draw
 from salt_jax.diffusion.rollout import Trace, rollout, velocity
 from salt_jax.losses.alignment import alignment_loss, when
@@ -21,6 +22,7 @@ from salt_jax.losses.reconstruction import vae_loss
 from salt_jax.losses.regression import flow_matching_loss, ode_loss
 from salt_jax.models import text as text_model
 from salt_jax.models import wan
+from salt_jax.models.prompt import Prompt
 from salt_jax.recipe import Recipe, draw
 from salt_jax.state import TrainState
 
@@ -50,6 +52,18 @@ def unconditional(frozen, batch: int, recipe: Recipe):
   ids = jnp.broadcast_to(frozen['negative']['ids'], (batch, frozen['negative']['ids'].shape[-1]))
   mask = jnp.broadcast_to(frozen['negative']['mask'], ids.shape)
   return encode(frozen, ids, mask, recipe)
+
+
+def given_frames(batch, recipe: Recipe) -> Float[Array, 'b f h w c'] | None:
+  """`Prompt.frames` of a batch: the mask, and its field `condition` (`precompute.first_frames`); None for T2V."""
+  return condition(batch['condition']) if recipe.model.frame_channels else None
+
+
+def conditioning(frozen, batch, recipe: Recipe) -> tuple[Prompt, Prompt]:
+  """(prompts of a batch, the same with the unconditional text): both have the same frames (wan.md 5.4)."""
+  text = encode(frozen, batch['ids'], batch['mask'], recipe)
+  prompt = Prompt(text, frames=given_frames(batch, recipe))
+  return prompt, prompt.replace(text=unconditional(frozen, text.shape[0], recipe))
 
 
 def _model(cfg: wan.WanConfig, params, ctx: wan.Clip):
@@ -85,7 +99,7 @@ def generator_step(
   """Rolls the student out, then updates it by the losses that the config lists."""
   shared, keys = step_keys(recipe, n, 'generator', batch['index'])
   rollout_keys, loss_keys = _split(keys)
-  text = encode(frozen, batch['ids'], batch['mask'], recipe)
+  texts = text, _ = conditioning(frozen, batch, recipe)
   drawn = draw(recipe, shared, n)
   apply = wan.bind(recipe.model)
   rolled = rollout(apply, state.params['generator'], rollout_keys, text, drawn.plan)
@@ -97,7 +111,7 @@ def generator_step(
     v = ask(params, rolled.trace)
     x0 = flow.x0_from_velocity(rolled.trace.x, v, rolled.trace.sigma)
     terms = {
-      'dmd': lambda: _dmd(state, frozen, x0, text, loss_keys, recipe),
+      'dmd': lambda: _dmd(state, frozen, x0, texts, loss_keys, recipe),
       'consistency': lambda: _consistency(state, ask, params, (rolled.trace.x, v), drawn, recipe),
       'alignment': lambda: _alignment(
         state, frozen, x0, (text, rollout_keys, rolled), drawn, recipe
@@ -118,12 +132,11 @@ def generator_step(
   return state, _means(aux) | norms | jax.tree.map(jnp.float32, counts)
 
 
-def _dmd(state: TrainState, frozen, x0, text, keys, recipe: Recipe):
+def _dmd(state: TrainState, frozen, x0, texts, keys, recipe: Recipe):
   fns = Fns(
     teacher=_model(recipe.teacher, frozen['teacher'], wan.Clip()),
     critic=_model(recipe.model, state.params['critic'], wan.Clip()),
   )
-  texts = (text, unconditional(frozen, text.shape[0], recipe))
   per_example, aux = dmd_loss(fns, x0, texts, keys, recipe.dmd)
   return per_example, True, aux
 
@@ -168,7 +181,7 @@ def critic_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple
   """Rolls the student out anew and fits the critic to it."""
   shared, keys = step_keys(recipe, n, 'critic', batch['index'])
   rollout_keys, loss_keys = _split(keys)
-  text = encode(frozen, batch['ids'], batch['mask'], recipe)
+  text, _ = conditioning(frozen, batch, recipe)
   plan = draw(recipe, shared, n, terms=False).plan
   rolled = rollout(wan.bind(recipe.model), state.params['generator'], rollout_keys, text, plan)
 
@@ -185,7 +198,7 @@ def critic_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple
 def ode_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple[TrainState, dict]:
   """Chunk-causal regression on teacher trajectories."""
   _, keys = step_keys(recipe, n, 'generator', batch['index'])
-  text = encode(frozen, batch['ids'], batch['mask'], recipe)
+  text, _ = conditioning(frozen, batch, recipe)
   sigmas = jnp.asarray(
     flow.few_step_sigmas(recipe.schedule.steps[0], recipe.schedule.shift), jnp.float32
   )
@@ -211,7 +224,8 @@ def flow_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple[T
   mask = jnp.where(drop, frozen['negative']['mask'], batch['mask'])
 
   def loss_fn(params):
-    text = text_model.encode(params['text'], ids, mask, recipe.text)
+    rows = text_model.encode(params['text'], ids, mask, recipe.text)
+    text = Prompt(rows, frames=given_frames(batch, recipe))
     model = _model(recipe.model, params['dit'], wan.Clip())
     x0 = batch['latents'].astype(jnp.float32)
     per_example, aux = flow_matching_loss(model, x0, text, loss_keys, recipe.flow_shift)

@@ -89,6 +89,19 @@ def read_webp(path: str, fps: float = 16) -> UInt8[np.ndarray, 'f h w 3']:
   return np.stack(frames)
 
 
+def read_image(path: str) -> UInt8[np.ndarray, 'h w 3']:
+  """Reads a picture in any format that Pillow knows; transparency is dropped.
+
+  Raises:
+    InputError: no such file, or no picture.
+  """
+  try:
+    with Image.open(path) as image:
+      return np.asarray(image.convert('RGB'))
+  except OSError as error:
+    raise InputError(f'{path} cannot be read as a picture: pass a PNG, JPEG or WebP.') from error
+
+
 def _chosen(video: np.ndarray, frames: int) -> np.ndarray:
   """At most `frames` frames, evenly spread, first and last included."""
   return video[np.round(np.linspace(0, len(video) - 1, min(frames, len(video)))).astype(int)]

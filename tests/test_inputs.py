@@ -220,12 +220,21 @@ def test_arguments_of_configs_are_typed(arg, sentence):
   assert sentence in _sentence(error)
 
 
+I2V = {'model.in_channels': 36, 'teacher.in_channels': 36}
 STAGES = {
   'selfforcing': lambda: selfforcing.get_config('nano'),
   'ode': lambda: causal_init.get_config('nano'),
   'vae': lambda: pretrain.get_config('vae'),
   'teacher': lambda: pretrain.get_config('teacher'),
+  'teacher_i2v': lambda: pretrain.get_config('teacher,i2v'),
 }
+
+
+def test_image_to_video_is_for_teachers_of_sizes_that_have_it():
+  with pytest.raises(InputError, match='i2v is for the teacher: the VAE serves both.'):
+    pretrain.get_config('vae,i2v')
+  with pytest.raises(InputError, match='1.3b has no image-to-video form: choose one of nano, 14b.'):
+    base.dit('1.3b', i2v=True)
 
 
 def test_the_configs_that_ship_are_accepted():
@@ -241,7 +250,14 @@ def test_the_configs_that_ship_are_accepted():
   [
     ('selfforcing', {'model.dim': 130}, 'dim 130 does not divide into 4 heads of even width.'),
     ('selfforcing', {'model.heads': 0}, 'model.heads=0 must be positive.'),
-    ('selfforcing', {'model.in_channels': 4}, 'model.in_channels=4 must equal vae.z_dim=16.'),
+    ('selfforcing', {'model.in_channels': 4}, 'model.in_channels=4 must equal vae.z_dim=16, or 36 for I2V.'),
+    ('selfforcing', {'model.in_channels': 36}, 'teacher.in_channels=16 must equal model.in_channels=36: both are'),
+    ('selfforcing', I2V, 'data.kind=captions does not fit model.in_channels=36: choose clips, which have a first'),
+    ('selfforcing', I2V | {'data.kind': 'clips'}, 'no section "latents": set latents.count and latents.batch'),
+    ('selfforcing', {'data.kind': 'clips'}, 'data.kind=clips does not fit model.in_channels=16: choose captions or'),
+    ('selfforcing', I2V | {'size': '14b'}, 'I2V is trained in the nano world alone'),
+    ('selfforcing', {'model.image_dim': 1280}, 'model.image_dim=1280 wants the rows of a CLIP tower'),
+    ('selfforcing', {'model.out_channels': 8}, 'model.out_channels=8 must equal vae.z_dim=16.'),
     ('selfforcing', {'teacher.text_dim': 32}, 'teacher.text_dim=32 must equal text.dim=64.'),
     ('selfforcing', {'text.heads': 3}, 'dim_attn 64 does not divide into 3 heads.'),
     ('selfforcing', {'rollout.chunk': 4}, '21 latent frames do not divide into chunks of 4.'),

@@ -20,12 +20,12 @@ SIGMAS = flow.padded_sigmas(4, 5.0, 9)
 @functools.partial(jax.jit, static_argnames=('chunking',))
 def _roll(params, exit_step, chunking):
   plan = rollout.student_plan(chunking, jnp.asarray(SIGMAS), exit_step)
-  return rollout.rollout(APPLY, params, tiny.keys(), tiny.text(), plan)
+  return rollout.rollout(APPLY, params, tiny.keys(), tiny.prompt(), plan)
 
 
 def _again(params, rolled, chunk=tiny.CHUNK):
   """The clip from its exits repeated in one pass."""
-  v = rollout.velocity(APPLY, params, rolled.trace, tiny.text(), rolled.cache, chunk)
+  v = rollout.velocity(APPLY, params, rolled.trace, tiny.prompt(), rolled.cache, chunk)
   return flow.x0_from_velocity(rolled.trace.x, v, rolled.trace.sigma)
 
 
@@ -37,7 +37,7 @@ def _exit(params, rolled, chunk=tiny.CHUNK):
 def _sequential(exit_step: int, context_noise: float = 0.0):
   """Self-Forcing's loop written out: every pass by itself, full cache, sigma = t / 1000."""
   apply = jax.jit(APPLY, static_argnames=())
-  n, text, keys = tiny.CHUNK, tiny.text(), tiny.keys()
+  n, text, keys = tiny.CHUNK, tiny.prompt(), tiny.keys()
   shape = (tiny.WAN.layers, tiny.BATCH, tiny.FRAMES, 6, tiny.WAN.heads, tiny.WAN.head_dim)
   cache, x0s, exits = caches.allocate(shape, jnp.float32), [], []
   for start in range(0, tiny.FRAMES, n):
@@ -111,7 +111,7 @@ def test_gradient_is_that_of_the_exit_step_alone():
       part = slice(start, start + tiny.CHUNK)
       x = rolled.trace.x[:, part]
       t = jnp.full(x.shape[:2], 1000 * rolled.trace.sigma)
-      v, _ = APPLY(params, x, t, tiny.text(), wan.Chunk(rolled.cache, jnp.int32(start)))
+      v, _ = APPLY(params, x, t, tiny.prompt(), wan.Chunk(rolled.cache, jnp.int32(start)))
       total += ((x - rolled.trace.sigma * v) * weight[:, part]).sum()
     return total
 
@@ -150,7 +150,7 @@ def test_ode_mode_takes_euler_steps():
   x = flow.frame_noise(keys, frames, 0, tiny.LATENT)
   shape = (tiny.WAN.layers, tiny.BATCH, tiny.FRAMES, 6, tiny.WAN.heads, tiny.WAN.head_dim)
   ctx = wan.Chunk(caches.allocate(shape, jnp.float32), jnp.int32(0))
-  v, _ = APPLY(tiny.params(), x, jnp.full(x.shape[:2], 1000.0), tiny.text(), ctx)
+  v, _ = APPLY(tiny.params(), x, jnp.full(x.shape[:2], 1000.0), tiny.prompt(), ctx)
   np.testing.assert_allclose(rolled.trace.x[:, : tiny.CHUNK], x - (1 - SIGMAS[1]) * v, atol=1e-4)
 
 
@@ -161,7 +161,7 @@ def test_a_chunk_as_long_as_the_clip_is_the_bidirectional_student():
   x = flow.frame_noise(keys, frames, 0, tiny.LATENT)
   for i in range(3):
     t = jnp.full((tiny.BATCH, tiny.FRAMES), 1000 * SIGMAS[i])
-    x0 = x - SIGMAS[i] * APPLY(tiny.params(), x, t, tiny.text(), wan.Clip())[0]
+    x0 = x - SIGMAS[i] * APPLY(tiny.params(), x, t, tiny.prompt(), wan.Clip())[0]
     seen, s = x, SIGMAS[i + 1]
     x = (1 - s) * x0 + s * flow.frame_noise(keys, frames, i + 1, tiny.LATENT)
   np.testing.assert_allclose(rolled.x0, x0, atol=1e-4)
@@ -179,14 +179,14 @@ def _reference_plan(exit_step, coupling, steps=2, reference=4):
 
 @functools.partial(jax.jit)
 def _follow(params, plan):
-  return rollout.rollout(APPLY, params, tiny.keys(), tiny.text(), plan)
+  return rollout.rollout(APPLY, params, tiny.keys(), tiny.prompt(), plan)
 
 
 @pytest.mark.parametrize('coupling', draws.COUPLINGS)
 def test_a_reference_equals_the_loop_written_out(coupling):
   """salt_method.md 7.2 for K=2, exit 1, behind four steps: levels 1, .9375, .8333, of which .8333 is the student's."""
   rolled = _follow(tiny.params(), _reference_plan(1, coupling))
-  apply, keys, text, n = jax.jit(APPLY), tiny.keys(), tiny.text(), tiny.CHUNK
+  apply, keys, text, n = jax.jit(APPLY), tiny.keys(), tiny.prompt(), tiny.CHUNK
   levels = flow.few_step_sigmas(4, 5.0)
   cache, outs = rollout.empty_cache(tiny.chunking(), tiny.BATCH), []
   for start in range(0, tiny.FRAMES, n):
@@ -224,10 +224,28 @@ def test_streaming_cache_holds_what_is_visible_and_gives_the_same_clip():
   plan = rollout.student_plan(chunking, jnp.asarray(SIGMAS), jnp.int32(1))
   for start in range(0, tiny.FRAMES, tiny.CHUNK):
     x0, _, cache = rollout.denoise_chunk(
-      APPLY, tiny.params(), tiny.keys(), tiny.text(), plan, (cache, jnp.int32(start))
+      APPLY, tiny.params(), tiny.keys(), tiny.prompt(), plan, (cache, jnp.int32(start))
     )
     outs.append(x0)
   np.testing.assert_allclose(jnp.concatenate(outs, 1), whole.x0, atol=1e-4)
+
+
+@functools.partial(jax.jit, static_argnames=('unroll',))
+def _i2v(params, prompt, unroll):
+  plan = rollout.Plan(tiny.chunking(unroll=unroll), jnp.asarray(SIGMAS), jnp.int32(1))
+  return rollout.rollout(wan.bind(tiny.I2V), params, tiny.keys(), prompt, plan)
+
+
+def test_every_chunk_takes_its_own_of_the_given_frames():
+  """Unrolled, in a loop, and repeated in one pass; and frames of one chunk reach it and the later ones alone."""
+  params, prompt = tiny.params(0, tiny.I2V), tiny.prompt(tiny.I2V)
+  one, other = (_i2v(params, prompt, unroll) for unroll in (True, False))
+  np.testing.assert_allclose(one.x0, other.x0, atol=1e-4)
+  again = jax.jit(lambda p: rollout.exit_x0(wan.bind(tiny.I2V), p, prompt, one, tiny.CHUNK))(params)
+  np.testing.assert_allclose(again, one.x0, atol=1e-4)
+  changed = prompt.replace(frames=prompt.frames.at[:, tiny.CHUNK].add(1.0))
+  moved = np.abs(_i2v(params, changed, True).x0 - one.x0).max((0, 2, 3, 4)) > 1e-3
+  np.testing.assert_array_equal(moved, [False] * 2 + [True] * 4)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from einops import rearrange
 
 from salt_jax import convert
 from salt_jax.errors import InputError
@@ -21,14 +22,14 @@ from tests import tiny
 APPLY = wan.bind(tiny.WAN)
 
 
-@functools.partial(jax.jit, static_argnames=('chunk',))
-def _clip(params, x, t, text, chunk=None):
-  return APPLY(params, x, t, text, wan.Clip(chunk=chunk))
+@functools.partial(jax.jit, static_argnames=('chunk', 'cfg'))
+def _clip(params, x, t, prompt, chunk=None, cfg=tiny.WAN):
+  return wan.apply(params, x, t, prompt, wan.Clip(chunk=chunk), cfg)
 
 
 def _influence(chunk):
   """[out frame, in frame]: does the output of one depend on the input of the other?"""
-  x, t, text = tiny.latents(1), tiny.levels(2), tiny.text()
+  x, t, text = tiny.latents(1), tiny.levels(2), tiny.prompt()
 
   @jax.jit
   def gradient(x, frame):
@@ -52,22 +53,24 @@ def test_bidirectional_sees_everything():
 
 
 def test_one_chunk_over_the_clip_is_bidirectional():
-  x, t, text = tiny.latents(1), tiny.levels(2), tiny.text()
+  x, t, text = tiny.latents(1), tiny.levels(2), tiny.prompt()
   whole, _ = _clip(tiny.params(), x, t, text, None)
   chunk, _ = _clip(tiny.params(), x, t, text, tiny.FRAMES)
   np.testing.assert_array_equal(whole, chunk)
 
 
+@pytest.mark.parametrize('cfg', [tiny.WAN, tiny.I2V])
 @pytest.mark.parametrize('static', [True, False])
-def test_cached_chunks_equal_one_chunk_causal_pass(static):
-  x, t, text = tiny.latents(1), tiny.levels(2), tiny.text()
-  expected, _ = _clip(tiny.params(), x, t, text, tiny.CHUNK)
+def test_cached_chunks_equal_one_chunk_causal_pass(static, cfg):
+  """With frames given, each chunk must take its own of them, by a static and by an array start."""
+  params, x, t, prompt = tiny.params(0, cfg), tiny.latents(1), tiny.levels(2), tiny.prompt(cfg)
+  expected, _ = _clip(params, x, t, prompt, tiny.CHUNK, cfg)
   shape = (tiny.WAN.layers, tiny.BATCH, tiny.FRAMES, 6, tiny.WAN.heads, tiny.WAN.head_dim)
   cache, outs = caches.allocate(shape, jnp.float32), []
   for start in range(0, tiny.FRAMES, tiny.CHUNK):
     part = slice(start, start + tiny.CHUNK)
     ctx = wan.Chunk(cache, start if static else jnp.int32(start))
-    v, features = APPLY(tiny.params(), x[:, part], t[:, part], text, ctx)
+    v, features = wan.apply(params, x[:, part], t[:, part], prompt, ctx, cfg)
     cache = caches.write(cache, features.k, features.v, start)
     outs.append(v)
   # The same sums in another order: float32 rounding of outputs of order one.
@@ -75,7 +78,7 @@ def test_cached_chunks_equal_one_chunk_causal_pass(static):
 
 
 def test_reading_a_cache_leaves_it_alone_and_passes_no_gradient():
-  x, t, text = tiny.latents(1), tiny.levels(2), tiny.text()
+  x, t, text = tiny.latents(1), tiny.levels(2), tiny.prompt()
   _, features = _clip(tiny.params(), x, t, text, tiny.CHUNK)
   shape = (tiny.WAN.layers, tiny.BATCH, tiny.FRAMES, 6, tiny.WAN.heads, tiny.WAN.head_dim)
   empty = caches.allocate(shape, jnp.float32)
@@ -91,7 +94,7 @@ def test_reading_a_cache_leaves_it_alone_and_passes_no_gradient():
 
 
 def test_remat_changes_nothing():
-  x, t, text = tiny.latents(1), tiny.levels(2), tiny.text()
+  x, t, text = tiny.latents(1), tiny.levels(2), tiny.prompt()
 
   def grads(remat):
     cfg = dataclasses.replace(tiny.WAN, remat=remat)
@@ -104,7 +107,7 @@ def test_remat_changes_nothing():
 
 
 def test_taps_are_the_blocks_that_were_asked_for():
-  x, t, text = tiny.latents(1), tiny.levels(2), tiny.text()
+  x, t, text = tiny.latents(1), tiny.levels(2), tiny.prompt()
   _, features = APPLY(tiny.params(), x, t, text, wan.Clip(taps=(0, 2)))
   assert set(features.taps) == {0, 2} and features.taps[0].shape == (2, 6, 6, 48)
   short = dataclasses.replace(tiny.WAN, layers=1)
@@ -152,18 +155,21 @@ class _Masked(WanAttnProcessor):
 
 
 @functools.cache
-def _oracle():
+def _oracle(cfg):
   torch.manual_seed(0)
-  cfg = tiny.WAN
+  image = dict(image_dim=cfg.image_dim, added_kv_proj_dim=cfg.dim) if cfg.image_dim else {}
+  if cfg.image_positions:
+    image['pos_embed_seq_len'] = cfg.image_len
   model = diffusers.WanTransformer3DModel(
     num_attention_heads=cfg.heads,
     attention_head_dim=cfg.head_dim,
-    in_channels=16,
-    out_channels=16,
+    in_channels=cfg.in_channels,
+    out_channels=cfg.out_channels,
     text_dim=cfg.text_dim,
     freq_dim=cfg.freq_dim,
     ffn_dim=cfg.ffn_dim,
     num_layers=cfg.layers,
+    **image,
   )
   with torch.no_grad():
     for p in model.parameters():
@@ -173,11 +179,32 @@ def _oracle():
   return model.eval(), params
 
 
-@pytest.mark.parametrize('chunk', [None, tiny.CHUNK])
-def test_parity_with_diffusers(chunk):
+def _padded(prompt):
+  """The same prompt in 512 rows: how many of its rows are image rows, diffusers finds by counting 512 from the end."""
+  rows = prompt.text.shape[1]
+  return prompt.replace(text=jnp.pad(prompt.text, ((0, 0), (0, 512 - rows), (0, 0))))
+
+
+@pytest.mark.parametrize(
+  ('cfg', 'chunk'),
+  [
+    (tiny.WAN, None),
+    (tiny.WAN, tiny.CHUNK),
+    (tiny.FRAMES_ALONE, None),
+    (tiny.I2V, None),
+    (tiny.I2V, tiny.CHUNK),
+    (tiny.FLF2V, None),
+  ],
+)
+def test_parity_with_diffusers(cfg, chunk):
   """Per-frame timesteps, and a chunk-causal mask where asked. float32 sums of another order: 1e-4 of unit scale."""
-  model, params = _oracle()
-  x, t, text = tiny.latents(1), tiny.levels(2), tiny.text()
+  model, params = _oracle(cfg)
+  x, t, prompt = tiny.latents(1), tiny.levels(2), tiny.prompt(cfg)
+  prompt = _padded(prompt) if cfg.image_dim else prompt
+  theirs = x if prompt.frames is None else jnp.concatenate([x, prompt.frames], axis=-1)
+  image = prompt.image
+  if cfg.image_positions:
+    image = rearrange(image, 'b (two l) e -> (b two) l e', two=2)
   tokens = math.prod(tiny.LATENT[:2]) // 4
   blocks = np.arange(tiny.FRAMES * tokens) // (tokens * (chunk or tiny.FRAMES))
   _Masked.mask = torch.from_numpy(blocks[:, None] >= blocks[None])
@@ -186,29 +213,104 @@ def test_parity_with_diffusers(chunk):
   per_token = np.repeat(np.asarray(t), tokens, axis=1)
   with torch.no_grad():
     expected = model(
-      torch.from_numpy(np.moveaxis(np.asarray(x), -1, 1).copy()),
+      torch.from_numpy(np.moveaxis(np.asarray(theirs), -1, 1).copy()),
       torch.from_numpy(per_token),
-      torch.from_numpy(np.array(text)),
+      torch.from_numpy(np.array(prompt.text)),
+      None if image is None else torch.from_numpy(np.array(image)),
       return_dict=False,
     )[0].numpy()
-  got, _ = _clip(params, x, t, text, chunk)
+  got, _ = _clip(params, x, t, prompt, chunk, cfg)
   assert np.abs(expected).std() > 0.05
   np.testing.assert_allclose(np.moveaxis(np.asarray(got), -1, 1), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(
   ('cfg', 'count', 'tensors'),
-  [(wan.wan_1_3b(), 1_418_996_800, 825), (wan.wan_14b(), 14_288_491_584, 1095)],
+  [
+    (wan.wan_1_3b(), 1_418_996_800, 825),
+    (wan.wan_14b(), 14_288_491_584, 1095),
+    (wan.wan_i2v_14b(), 16_394_878_784, 1303),
+    (wan.wan_flf2v_14b(), 16_395_536_704, 1304),
+  ],
 )
 def test_published_sizes(cfg, count, tensors):
   shapes = wan.param_shapes(cfg)
   assert sum(math.prod(x.shape) for x in jax.tree.leaves(shapes)) == count
   names = convert.wan_shapes(shapes, 'dit')
   assert len(names) == tensors
-  assert names['patch_embedding.weight'] == (cfg.dim, 16, 1, 2, 2)
+  assert names['patch_embedding.weight'] == (cfg.dim, cfg.in_channels, 1, 2, 2)
   assert names[f'blocks.{cfg.layers - 1}.ffn.0.weight'] == (cfg.ffn_dim, cfg.dim)
 
 
 def test_heads_that_do_not_divide_are_refused():
   with pytest.raises(InputError, match='dim 100 does not divide into 3 heads'):
     dataclasses.replace(tiny.WAN, dim=100, heads=3)
+
+
+@pytest.mark.parametrize('cfg', [tiny.FRAMES_ALONE, tiny.I2V])
+def test_each_condition_reaches_the_output_and_each_frame_its_place(cfg):
+  params, x, t, prompt = tiny.params(0, cfg), tiny.latents(1), tiny.levels(2), tiny.prompt(cfg)
+  before, _ = _clip(params, x, t, prompt, tiny.CHUNK, cfg)
+  if cfg.image_dim:
+    after, _ = _clip(params, x, t, prompt.replace(image=prompt.image[::-1]), tiny.CHUNK, cfg)
+    assert np.abs(after - before).max() > 1e-2
+  other = prompt.frames.at[:, -1].add(1.0)
+  after, _ = _clip(params, x, t, prompt.replace(frames=other), tiny.CHUNK, cfg)
+  changed = np.abs(after - before).max((0, 2, 3, 4)) > 1e-3
+  np.testing.assert_array_equal(changed, [False] * 4 + [True] * 2, err_msg='the last chunk alone')
+
+
+def _start(cfg, **changes):
+  """Shapes of a chunk's pass at frame 4."""
+  shape = (cfg.layers, tiny.BATCH, tiny.FRAMES, 6, cfg.heads, cfg.head_dim)
+  chunk = wan.Chunk(caches.allocate(shape, jnp.float32), 4)
+  prompt = tiny.prompt(cfg).replace(**changes)
+  x, t = tiny.latents(1, tiny.CHUNK), tiny.levels(2, tiny.CHUNK)
+  return jax.eval_shape(lambda p: wan.apply(p, x, t, prompt, chunk, cfg), tiny.params(0, cfg))
+
+
+@pytest.mark.parametrize(
+  ('cfg', 'changes', 'sentence'),
+  [
+    (
+      tiny.WAN,
+      dict(frames=jnp.ones((2, 6, 4, 6, 20))),
+      'frames of 0 channels but the prompt has 20',
+    ),
+    (tiny.I2V, dict(frames=None), 'frames of 20 channels but the prompt has 0'),
+    (
+      tiny.I2V,
+      dict(frames=jnp.ones((2, 6, 4, 6, 16))),
+      'frames of 20 channels but the prompt has 16',
+    ),
+    (
+      tiny.I2V,
+      dict(frames=jnp.ones((2, 5, 4, 6, 20))),
+      "2 latent frames from frame 4 on do not fit the prompt's 5",
+    ),
+    (tiny.I2V, dict(image=None), 'takes 5 image rows but the prompt has 0'),
+    (
+      tiny.FRAMES_ALONE,
+      dict(image=jnp.ones((2, 5, 20))),
+      'takes 0 image rows but the prompt has 5',
+    ),
+  ],
+)
+def test_a_prompt_of_another_kind_is_refused(cfg, changes, sentence):
+  _start(cfg)
+  with pytest.raises(InputError, match=sentence):
+    _start(cfg, **changes)
+
+
+def test_frames_of_another_length_than_the_whole_clip_are_refused():
+  prompt = tiny.prompt(tiny.I2V)
+  prompt = prompt.replace(frames=jnp.concatenate([prompt.frames, prompt.frames], axis=1))
+  with pytest.raises(
+    InputError, match="6 latent frames from frame 0 on do not fit the prompt's 12"
+  ):
+    _clip(tiny.params(0, tiny.I2V), tiny.latents(1), tiny.levels(2), prompt, None, tiny.I2V)
+
+
+def test_more_outputs_than_inputs_are_refused():
+  with pytest.raises(InputError, match='in_channels 8 must not be fewer than out_channels 16'):
+    dataclasses.replace(tiny.WAN, in_channels=8)

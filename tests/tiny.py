@@ -13,12 +13,15 @@ from salt_jax.models import wan
 WAN = wan.WanConfig(
   dim=48, ffn_dim=80, heads=2, layers=3, text_dim=32, text_len=7, dtype='float32', remat=False
 )
+I2V = dataclasses.replace(WAN, in_channels=36, image_dim=20, image_len=5)
+FLF2V = dataclasses.replace(I2V, image_len=514, image_positions=True)
+FRAMES_ALONE = dataclasses.replace(WAN, in_channels=36)
 LATENT = (4, 6, 16)
 FRAMES, CHUNK, BATCH = 6, 2, 2
 
 
 @functools.cache
-def params(seed: int = 0):
+def params(seed: int = 0, cfg: wan.WanConfig = WAN):
   """Random parameters with everything perturbed: zero heads and unit norms would hide mistakes."""
   rng = np.random.default_rng(seed)
 
@@ -27,7 +30,7 @@ def params(seed: int = 0):
     spread = x.shape[-2] ** -0.5 if path[-1].key == 'kernel' else 0.1
     return (centre + spread * rng.standard_normal(x.shape)).astype(np.float32)
 
-  return jax.tree_util.tree_map_with_path(noisy, wan.param_shapes(WAN))
+  return jax.tree_util.tree_map_with_path(noisy, wan.param_shapes(cfg))
 
 
 def latents(seed: int, frames: int = FRAMES, batch: int = BATCH):
@@ -37,6 +40,18 @@ def latents(seed: int, frames: int = FRAMES, batch: int = BATCH):
 def text(seed: int = 9, batch: int = BATCH):
   rows = jax.random.normal(jax.random.key(seed), (batch, WAN.text_len, WAN.text_dim))
   return rows.at[:, 5:].set(0.0)
+
+
+def prompt(cfg: wan.WanConfig = WAN, seed: int = 9, batch: int = BATCH) -> wan.Prompt:
+  """Text, and image rows and frames where the model takes them; rows so small that a norm's eps shows."""
+  image, frames = jax.random.split(jax.random.key(seed))
+  rows = (batch, cfg.image_len, cfg.image_dim)
+  shape = (batch, FRAMES, *LATENT[:2], cfg.frame_channels)
+  return wan.Prompt(
+    text=text(seed, batch),
+    image=0.02 * jax.random.normal(image, rows) if cfg.image_dim else None,
+    frames=jax.random.normal(frames, shape) if cfg.frame_channels else None,
+  )
 
 
 def levels(seed: int, frames: int = FRAMES, batch: int = BATCH):

@@ -44,17 +44,41 @@ def get_config(folder):
   return config
 
 
+def get_i2v(folder):
+  """The same with networks that are given first frames."""
+  config = get_config(folder)
+  for name in ('model', 'teacher'):
+    config[name].in_channels = 36
+  config.data = dict(kind='clips')
+  config.latents = dict(count=16, batch=8)
+  return config
+
+
 def stage(name, folder):
-  """A config of another stage."""
-  make = {'vae': pretrain, 'teacher': pretrain, 'ode': causal_init}[name]
+  """A config of another stage; for the teacher 'teacher,i2v' too."""
+  make = causal_init if name == 'ode' else pretrain
   config = shrink(make.get_config('nano' if name == 'ode' else name), folder)
   config.total_steps = 2
   return config
 
 
-def write_weights(folder):
+def _write(folder, name, cfg, seed):
+  """A file of random parameters in which nothing is 0 or 1."""
+  network = weights.NETWORKS.get(name, 'dit')
+  rng = np.random.default_rng(seed)
+
+  def noisy(path, x):
+    centre = 1.0 if path[-1].key in ('weight', 'gamma') else 0.0
+    spread = x.shape[-2] ** -0.5 if path[-1].key == 'kernel' else 0.1
+    return (centre + spread * rng.standard_normal(x.shape)).astype(np.float32)
+
+  params = jax.tree_util.tree_map_with_path(noisy, weights.shapes(network, cfg))
+  convert.save_params(os.path.join(folder, f'{name}.safetensors'), params, network)
+
+
+def write_weights(folder, i2v=False):
   """Random networks in files, as a stage expects them."""
-  config = get_config(folder)
+  config = get_i2v(folder) if i2v else get_config(folder)
   cfgs = {
     'vae': vae.VAEConfig(
       **{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in config.vae.items()}
@@ -63,14 +87,5 @@ def write_weights(folder):
     **{name: wan.WanConfig(**config.model) for name in ('teacher', 'init', 'student')},
   }
   for seed, (name, cfg) in enumerate(cfgs.items()):
-    network = weights.NETWORKS.get(name, 'dit')
-    rng = np.random.default_rng(seed)
-
-    def noisy(path, x, rng=rng):
-      centre = 1.0 if path[-1].key in ('weight', 'gamma') else 0.0
-      spread = x.shape[-2] ** -0.5 if path[-1].key == 'kernel' else 0.1
-      return (centre + spread * rng.standard_normal(x.shape)).astype(np.float32)
-
-    params = jax.tree_util.tree_map_with_path(noisy, weights.shapes(network, cfg))
-    convert.save_params(os.path.join(folder, f'{name}.safetensors'), params, network)
+    _write(folder, name, cfg, seed)
   return folder

@@ -23,6 +23,7 @@ from salt_jax.diffusion import flow
 from salt_jax.errors import InputError
 from salt_jax.models import rope
 from salt_jax.models.cache import KVCache, allocate, slots_needed, write
+from salt_jax.models.prompt import Prompt
 from salt_jax.models.wan import Chunk, Clip
 
 # Draws of `flow.frame_noise`: 0 is the first noise, step i re-noises with i + 1, the cache pass with this one.
@@ -136,7 +137,7 @@ def denoise_chunk(
   apply: Callable,
   params,
   keys: Key[Array, 'b'],
-  text: Float[Array, 'b n d'],
+  text: Prompt,
   plan: Plan,
   state: tuple,
 ) -> tuple[Float[Array, 'b f h w c'], Float[Array, 'b f h w c'], KVCache | None]:
@@ -148,7 +149,7 @@ def denoise_chunk(
     apply: the model.
     params: its parameters.
     keys: one key an example.
-    text: encoder rows.
+    text: what the clips are conditioned on.
     plan: schedule and exit.
     state: (cache, start); a Python int as start reads the cache statically.
 
@@ -192,16 +193,14 @@ def _own_keys(chunking: Chunking, shape: tuple[int, int]):
   return zeros, zeros
 
 
-def rollout(
-  apply: Callable, params, key: Key[Array, 'b'], text: Float[Array, 'b n d'], plan: Plan
-) -> Rollout:
+def rollout(apply: Callable, params, key: Key[Array, 'b'], text: Prompt, plan: Plan) -> Rollout:
   """A whole clip without gradient (Self-Forcing's rollout; salt_method.md 1.6).
 
   Args:
     apply: `(params, x, t, text, ctx) -> (velocity, features)`.
     params: parameters; no gradient reaches them.
     key: one key an example.
-    text: encoder rows.
+    text: what the clips are conditioned on.
     plan: what to do.
 
   Returns:
@@ -236,7 +235,7 @@ def velocity(
   apply: Callable,
   params,
   point: Trace,
-  text: Float[Array, 'b n d'],
+  text: Prompt,
   cache: KVCache | None,
   chunk: int,
 ) -> Float[Array, 'b f h w c']:

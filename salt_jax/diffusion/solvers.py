@@ -21,7 +21,7 @@ def guided_velocity(
     params: its parameters.
     x: noisy latents `[b f h w c]`.
     sigma: one level for all.
-    texts: (prompt rows, unconditional rows), `[b n d]` each.
+    texts: (prompts, unconditional prompts).
     scale: 1 drops the second pass.
   """
   cond, uncond = texts
@@ -29,9 +29,7 @@ def guided_velocity(
     return apply(params, x, jnp.full(x.shape[:2], 1000 * sigma), cond, Clip())[0]
   both = jnp.concatenate([x, x])
   t = jnp.full(both.shape[:2], 1000 * sigma)
-  v_cond, v_uncond = jnp.split(
-    apply(params, both, t, jnp.concatenate([cond, uncond]), Clip())[0], 2
-  )
+  v_cond, v_uncond = jnp.split(apply(params, both, t, flow.paired(cond, uncond), Clip())[0], 2)
   return flow.guide(v_cond, v_uncond, scale)
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, PyTree
 
 from salt_jax.diffusion import flow
 
@@ -66,7 +66,7 @@ def dmd_loss(
   Args:
     fns: teacher and critic.
     x0: the student's clean latents, with gradient.
-    texts: (prompt rows, unconditional rows) for the teacher; the critic sees the prompt only.
+    texts: (prompts, unconditional prompts) for the teacher; the critic sees the prompt only.
     key: one key an example.
     cfg: numbers.
 
@@ -77,7 +77,7 @@ def dmd_loss(
   x = jax.lax.stop_gradient(x0)
   noisy, _, sigma, t = _noised(x, key, cfg)
   both, t2 = jnp.concatenate([noisy, noisy]), jnp.concatenate([t, t])
-  v_cond, v_uncond = jnp.split(fns.teacher(both, t2, jnp.concatenate([cond, uncond])), 2)
+  v_cond, v_uncond = jnp.split(fns.teacher(both, t2, flow.paired(cond, uncond)), 2)
   real = flow.x0_from_velocity(noisy, flow.guide_on_top(v_cond, v_uncond, cfg.guidance), sigma)
   fake = flow.x0_from_velocity(noisy, fns.critic(noisy, t, cond), sigma)
   g = dmd_gradient(x, real, fake)
@@ -101,7 +101,7 @@ def dmd_gradient(
 def critic_loss(
   critic: Callable,
   x0: Float[Array, 'b f h w c'],
-  text: Float[Array, 'b n d'],
+  text: PyTree,
   key: Key[Array, 'b'],
   cfg: DMDConfig,
 ) -> tuple[Float[Array, 'b'], dict]:
@@ -110,7 +110,7 @@ def critic_loss(
   Args:
     critic: `(x, t, text) -> velocity`, with gradient.
     x0: the student's clean latents; no gradient reaches them.
-    text: prompt rows.
+    text: prompts, passed on.
     key: one key an example.
     cfg: numbers of the level.
   """

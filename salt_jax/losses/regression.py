@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, PyTree
 
 from salt_jax.diffusion import flow
 
@@ -16,7 +16,7 @@ def _per_example(x):
 def flow_matching_loss(
   model: Callable,
   x0: Float[Array, 'b f h w c'],
-  text: Float[Array, 'b n d'],
+  text: PyTree,
   key: Key[Array, 'b'],
   shift: float,
 ) -> tuple[Float[Array, 'b'], dict]:
@@ -25,7 +25,7 @@ def flow_matching_loss(
   Args:
     model: `(x, t, text) -> velocity`, with gradient.
     x0: clean latents.
-    text: encoder rows.
+    text: prompts, passed on.
     key: one key an example.
     shift: of the level; 1 is uniform.
   """
@@ -40,7 +40,7 @@ def flow_matching_loss(
 def ode_loss(
   model: Callable,
   trajectory: Float[Array, 'b p f h w c'],
-  text: Float[Array, 'b n d'],
+  text: PyTree,
   key: Key[Array, 'b'],
   sigmas: Float[Array, 'p'],
   *,
@@ -53,7 +53,7 @@ def ode_loss(
   Args:
     model: `(x, t, text) -> velocity`, chunk-causal, with gradient.
     trajectory: kept inputs, then the clean end.
-    text: encoder rows.
+    text: prompts, passed on.
     key: one key an example.
     sigmas: level of each kept input, then 0.
     chunk: latent frames that share a level.

@@ -2,7 +2,8 @@
 
 What makes a pass causal is its context, not its parameters: `Clip` is a whole clip (bidirectional, or chunk-causal),
 `Chunk` is one chunk behind a KV cache. Modulation is per latent frame, so a timestep is `[b f]`. Tokens are kept
-as `[b f t d]`, t tokens a frame, so that what belongs to a frame broadcasts by itself.
+as `[b f t d]`, t tokens a frame, so that what belongs to a frame broadcasts by itself. What a clip is conditioned
+on is a `Prompt`; from its frames each pass takes those of its context.
 
 Where the original forces float32, so does this port: time embedding, modulation, norms, RoPE, gates, the
 residual stream and the head. Projections run in `WanConfig.dtype`.
@@ -22,14 +23,20 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from salt_jax.errors import InputError
 from salt_jax.models import attention, rope
+from salt_jax.models import prompt as prompts
 from salt_jax.models.cache import KVCache, visible, visible_runs
+from salt_jax.models.prompt import Prompt
 
 PATCH = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class WanConfig:
-  """Sizes of a DiT and how it computes; hashable, so it is static under jit."""
+  """Sizes of a DiT and how it computes; hashable, so it is static under jit.
+
+  Input channels beyond the output's take `Prompt.frames`. If `image_dim` is not 0, there are `image_len` rows of that
+  width from a CLIP tower, given learned positions if `image_positions` (those of FLF2V are of two images).
+  """
 
   dim: int
   ffn_dim: int
@@ -39,6 +46,9 @@ class WanConfig:
   text_len: int = 512
   in_channels: int = 16
   out_channels: int = 16
+  image_dim: int = 0
+  image_len: int = 257
+  image_positions: bool = False
   freq_dim: int = 256
   eps: float = 1e-6
   dtype: str = 'bfloat16'
@@ -48,10 +58,19 @@ class WanConfig:
   def __post_init__(self):
     if self.dim % self.heads or (self.dim // self.heads) % 2:
       raise InputError(f'dim {self.dim} does not divide into {self.heads} heads of even width.')
+    if self.frame_channels < 0:
+      raise InputError(
+        f'in_channels {self.in_channels} must not be fewer than out_channels {self.out_channels}.'
+      )
 
   @property
   def head_dim(self) -> int:
     return self.dim // self.heads
+
+  @property
+  def frame_channels(self) -> int:
+    """Channels of `Prompt.frames`: 20 for I2V, 0 for T2V."""
+    return self.in_channels - self.out_channels
 
 
 def wan_1_3b() -> WanConfig:
@@ -62,10 +81,23 @@ def wan_14b() -> WanConfig:
   return WanConfig(dim=5120, ffn_dim=13824, heads=40, layers=40)
 
 
+def wan_i2v_14b() -> WanConfig:
+  return dataclasses.replace(wan_14b(), in_channels=36, image_dim=1280)
+
+
+def wan_flf2v_14b() -> WanConfig:
+  return dataclasses.replace(wan_i2v_14b(), image_len=514, image_positions=True)
+
+
 def wan_nano() -> WanConfig:
   return WanConfig(
     dim=128, ffn_dim=512, heads=4, layers=6, text_dim=64, text_len=16, dtype='float32', remat=False
   )
+
+
+def wan_nano_i2v() -> WanConfig:
+  """Conditioned by frames alone: the nano world has no CLIP tower."""
+  return dataclasses.replace(wan_nano(), in_channels=36)
 
 
 @struct.dataclass
@@ -205,21 +237,46 @@ def _slices(past, runs):
   return gather(past[0]), gather(past[1])
 
 
-class CrossAttention(nn.Module):
-  """Attention to all text rows; the zero rows behind a prompt are attended too, as in the original."""
+class ImageEmbedding(nn.Module):
+  """CLIP rows to the model's width (wan.md 1.9): eps 1e-5, and the exact GELU."""
 
   cfg: WanConfig
 
   @nn.compact
-  def __call__(self, x, text):
+  def __call__(self, rows):
+    cfg = self.cfg
+    if cfg.image_positions:
+      shape = (1, cfg.image_len, cfg.image_dim)
+      rows = rows + self.param('emb_pos', nn.initializers.zeros, shape)
+    h = _dense(cfg.image_dim, cfg, 'proj_1')(AffineLayerNorm(1e-5, name='proj_0')(rows))
+    h = _dense(cfg.dim, cfg, 'proj_3')(jax.nn.gelu(h, approximate=False))
+    return AffineLayerNorm(1e-5, name='proj_4')(h)
+
+
+class CrossAttention(nn.Module):
+  """Attention to all text rows; the zero rows behind a prompt are attended too, as in the original.
+
+  Image rows have keys and values of their own, and a softmax of their own; the two results are added.
+  """
+
+  cfg: WanConfig
+
+  @nn.compact
+  def __call__(self, x, text, image):
     cfg = self.cfg
     split = functools.partial(rearrange, pattern='b l (n d) -> b l n d', n=cfg.heads)
     flat = rearrange(x, 'b f t d -> b (f t) d')
-    q = RMSNorm(cfg.eps, name='norm_q')(_dense(cfg.dim, cfg, 'q')(flat))
-    k = RMSNorm(cfg.eps, name='norm_k')(_dense(cfg.dim, cfg, 'k')(text))
-    v = _dense(cfg.dim, cfg, 'v')(text)
-    q, k, v = (split(y).astype(cfg.dtype) for y in (q, k, v))
-    out = attention.attend(q, k, v, implementation=cfg.attention)
+    q = split(RMSNorm(cfg.eps, name='norm_q')(_dense(cfg.dim, cfg, 'q')(flat))).astype(cfg.dtype)
+
+    def read(rows, suffix):
+      k = RMSNorm(cfg.eps, name=f'norm_k{suffix}')(_dense(cfg.dim, cfg, f'k{suffix}')(rows))
+      v = _dense(cfg.dim, cfg, f'v{suffix}')(rows)
+      k, v = (split(y).astype(cfg.dtype) for y in (k, v))
+      return attention.attend(q, k, v, implementation=cfg.attention)
+
+    out = read(text, '')
+    if image is not None:
+      out = out + read(image, '_img')
     out = rearrange(out, 'b (f t) n d -> b f t (n d)', f=x.shape[1])
     return _dense(cfg.dim, cfg, 'o')(out)
 
@@ -230,7 +287,7 @@ class Block(nn.Module):
   cfg: WanConfig
 
   @nn.compact
-  def __call__(self, carry, angles, time, text, ctx, layer):
+  def __call__(self, carry, angles, time, rows, ctx, layer):
     cfg = self.cfg
     x, taps = carry
     index, past = layer
@@ -242,7 +299,7 @@ class Block(nn.Module):
     out, k, v = SelfAttention(cfg, name='self_attn')(h, angles, ctx, past)
     x = x + out.astype(jnp.float32) * gate_a
     h = AffineLayerNorm(cfg.eps, name='norm3')(x)
-    x = x + CrossAttention(cfg, name='cross_attn')(h, text).astype(jnp.float32)
+    x = x + CrossAttention(cfg, name='cross_attn')(h, *rows).astype(jnp.float32)
     h = layer_norm(x, cfg.eps) * (1 + scale_m) + shift_m
     h = jax.nn.gelu(_dense(cfg.ffn_dim, cfg, 'ffn_0')(h), approximate=True)
     x = x + _dense(cfg.dim, cfg, 'ffn_2')(h).astype(jnp.float32) * gate_m
@@ -269,30 +326,33 @@ class Wan(nn.Module):
   cfg: WanConfig
 
   @nn.compact
-  def __call__(self, x, t, text, ctx):
+  def __call__(self, x, t, prompt, ctx):
     cfg = self.cfg
     b, f, h, w, _ = x.shape
     grid = (f, h // PATCH, w // PATCH)
     start = ctx.start if isinstance(ctx, Chunk) else 0
     angles = rope.table(grid, cfg.head_dim, start)
+    prompts.check(prompt, cfg.image_len if cfg.image_dim else 0, cfg.frame_channels)
+    x = prompts.frames_behind(x, prompt, start if isinstance(ctx, Chunk) else None)
 
     x = rearrange(x, 'b f (h ph) (w pw) c -> b f (h w) (c ph pw)', ph=PATCH, pw=PATCH)
     x = _dense(cfg.dim, cfg, 'patch_embedding')(x).astype(jnp.float32)
-    text = _dense(cfg.dim, cfg, 'text_embedding_0', 0.02)(text)
+    text = _dense(cfg.dim, cfg, 'text_embedding_0', 0.02)(prompt.text)
     text = _dense(cfg.dim, cfg, 'text_embedding_2', 0.02)(jax.nn.gelu(text, approximate=True))
+    image = ImageEmbedding(cfg, name='img_emb')(prompt.image) if cfg.image_dim else None
     e = _dense(cfg.dim, cfg, 'time_embedding_0', 0.02, jnp.float32)(sinusoid(t, cfg.freq_dim))
     e = _dense(cfg.dim, cfg, 'time_embedding_2', 0.02, jnp.float32)(jax.nn.silu(e))
     e6 = _dense(6 * cfg.dim, cfg, 'time_projection_1', dtype=jnp.float32)(jax.nn.silu(e))
     e6 = rearrange(e6, 'b f (six d) -> b f six d', six=6)
 
-    x, k, v, taps = self._blocks(x, angles, e6, text, ctx)
+    x, k, v, taps = self._blocks(x, angles, e6, (text, image), ctx)
     x = Head(cfg, name='head')(x, e)
     velocity = rearrange(
       x, 'b f (h w) (ph pw c) -> b f (h ph) (w pw) c', h=grid[1], ph=PATCH, pw=PATCH
     )
     return velocity, Features(k=k, v=v, taps=taps)
 
-  def _blocks(self, x, angles, time, text, ctx):
+  def _blocks(self, x, angles, time, rows, ctx):
     cfg = self.cfg
     cache = ctx.cache if isinstance(ctx, Chunk) else ctx.past
     past = () if cache is None else jax.lax.stop_gradient((cache.k, cache.v))
@@ -306,7 +366,7 @@ class Wan(nn.Module):
     )
     taps = {i: jnp.zeros(x.shape, jnp.float32) for i in ctx.taps}
     layer = (jnp.arange(cfg.layers), past)
-    (x, taps), (k, v) = scanned(cfg, name='blocks')((x, taps), angles, time, text, ctx, layer)
+    (x, taps), (k, v) = scanned(cfg, name='blocks')((x, taps), angles, time, rows, ctx, layer)
     return x, k, v, taps
 
 
@@ -314,7 +374,7 @@ def apply(
   params: dict,
   x: Float[Array, 'b f h w c'],
   t: Float[Array, 'b f'],
-  text: Float[Array, 'b n d'],
+  prompt: Prompt,
   ctx: Clip | Chunk,
   cfg: WanConfig,
 ) -> tuple[Float[Array, 'b f h w c'], Features]:
@@ -324,28 +384,31 @@ def apply(
     params: as `init_params` makes them; paths are Wan's own names.
     x: noisy latents; rows and columns divide by the patch, 2.
     t: timesteps, 1000 * sigma, one a frame, float32.
-    text: encoder rows, zero behind the prompt.
+    prompt: text, and image and frames if the model has them.
     ctx: whole clip or chunk with cache.
     cfg: sizes.
 
   Returns:
     (velocity in float32, features).
+
+  Raises:
+    InputError: a prompt with less or more than the model takes, or with frames of another clip.
   """
-  return Wan(cfg).apply({'params': params}, x, t, text, ctx)
+  return Wan(cfg).apply({'params': params}, x, t, prompt, ctx)
 
 
 def features(
   params: dict,
   x: Float[Array, 'b f h w c'],
   t: Float[Array, 'b f'],
-  text: Float[Array, 'b n d'],
+  prompt: Prompt,
   layer: int,
   cfg: WanConfig,
 ) -> Float[Array, 'b f t d']:
   """Output of block `layer`, bidirectional, float32; the blocks behind it are not run."""
   cut = params | {'blocks': jax.tree.map(lambda p: p[: layer + 1], params['blocks'])}
   short = dataclasses.replace(cfg, layers=layer + 1)
-  return apply(cut, x, t, text, Clip(taps=(layer,)), short)[1].taps[layer]
+  return apply(cut, x, t, prompt, Clip(taps=(layer,)), short)[1].taps[layer]
 
 
 def bind(cfg: WanConfig) -> Callable:
@@ -355,9 +418,13 @@ def bind(cfg: WanConfig) -> Callable:
 
 def init_params(key: PRNGKeyArray, cfg: WanConfig) -> dict:
   """Random float32 parameters by the rules of the original (wan.md 1.11)."""
-  x = jnp.zeros((1, 1, PATCH, PATCH, cfg.in_channels))
-  text = jnp.zeros((1, cfg.text_len, cfg.text_dim))
-  return Wan(cfg).init(key, x, jnp.zeros((1, 1)), text, Clip())['params']
+  x = jnp.zeros((1, 1, PATCH, PATCH, cfg.out_channels))
+  prompt = Prompt(
+    text=jnp.zeros((1, cfg.text_len, cfg.text_dim)),
+    image=jnp.zeros((1, cfg.image_len, cfg.image_dim)) if cfg.image_dim else None,
+    frames=jnp.zeros((*x.shape[:-1], cfg.frame_channels)) if cfg.frame_channels else None,
+  )
+  return Wan(cfg).init(key, x, jnp.zeros((1, 1)), prompt, Clip())['params']
 
 
 def param_shapes(cfg: WanConfig) -> dict:
