@@ -110,7 +110,12 @@ def test_what_is_stored_is_the_first_frame_of_its_clip_before_grey(world, tmp_pa
   first = clips.render(clips.describe(3, 'train', config.seed), 21, 32)[:1]
   video = np.concatenate([first / 127.5 - 1, np.zeros((20, 32, 32, 3))]).astype(np.float32)
   expected = jax.jit(lambda p, x: vae.encode(p, x, rec.vae))(frozen['vae'], video[None])[0]
+  # Latents of order one in float16.
   np.testing.assert_allclose(record['condition'], expected, atol=1e-2)
+  whole = Store(precompute.latents(config, rec, str(tmp_path / 'latents')))[3]
+  np.testing.assert_allclose(whole['condition'], expected, atol=1e-2)
+  np.testing.assert_allclose(whole['latents'][0], expected[0], atol=1e-2)
+  assert np.abs(whole['latents'] - whole['condition'])[1:].max() > 0.1
   ids, _ = stages.tokenizer(config, rec)(clips.captions('train', np.array([3]), config.seed))
   np.testing.assert_array_equal(record['ids'], ids[0])
 
