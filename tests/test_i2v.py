@@ -54,11 +54,17 @@ def _state(rec, params):
 
 
 def _difference(run, state, frozen, batch, rec):
-  """How far the scalars of a step move when another first frame is given."""
-  jitted = jax.jit(lambda *args: run(*args, recipe=rec)[1])
+  """How far the scalars of a step move when another first frame is given, and the weights of the given frames."""
+
+  @jax.jit
+  def both(*args):
+    state, metrics = run(*args, recipe=rec)
+    nets = {name: net for name, net in state.params.items() if 'patch_embedding' in net}
+    return metrics, {name: net['patch_embedding']['kernel'][16 * 4 :] for name, net in nets.items()}
+
   other = batch | {'condition': batch['condition'].at[:, 0].add(1.0)}
-  one, two = (jitted(state, frozen, b, jnp.int32(0)) for b in (batch, other))
-  return {name: abs(float(one[name]) - float(two[name])) for name in one}
+  (one, weights), (two, _) = (both(state, frozen, b, jnp.int32(0)) for b in (batch, other))
+  return {name: abs(float(one[name]) - float(two[name])) for name in one}, weights
 
 
 SEES = [('generator',), ('teacher',), ('critic',), ()]
@@ -66,7 +72,10 @@ SEES = [('generator',), ('teacher',), ('critic',), ()]
 
 @pytest.mark.parametrize('seeing', SEES)
 def test_the_first_frame_reaches_generator_teacher_and_critic(world, seeing):
-  """Each network in turn is the only one that is not blind to it: the loss depends on it all the same."""
+  """Each network in turn is the only one that is not blind to it: the loss depends on it all the same.
+
+  And a blind one learns to see: its differentiated pass is given the frames too, mask and latents.
+  """
   config, rec, frozen, batch = world
   nets = {
     name: weights.load(config.weights[file], 'dit', rec.model)
@@ -75,9 +84,11 @@ def test_the_first_frame_reaches_generator_teacher_and_critic(world, seeing):
   nets = {name: net if name in seeing else _blind(net) for name, net in nets.items()}
   state = _state(rec, {name: nets[name] for name in ('generator', 'critic')})
   frozen = frozen | {'teacher': nets['teacher']}
-  moved = _difference(step.generator_step, state, frozen, batch, rec)
+  moved, learnt = _difference(step.generator_step, state, frozen, batch, rec)
+  assert np.abs(learnt['generator']).max(1).all(), 'the exit step is not given the frames'
   assert (moved['loss_dmd'] > 1e-4) == bool(seeing), moved
-  moved = _difference(step.critic_step, state, frozen, batch, rec)
+  moved, learnt = _difference(step.critic_step, state, frozen, batch, rec)
+  assert np.abs(learnt['critic']).max(1).all(), 'the critic is not given the frames'
   assert (moved['loss'] > 1e-4) == bool({'generator', 'critic'} & set(seeing)), moved
 
 
@@ -86,12 +97,12 @@ def test_the_first_frame_reaches_the_steps_before_distillation(world, seeing):
   config, rec, frozen, batch = world
   net = weights.load(config.weights.init, 'dit', rec.model)
   net = net if seeing else _blind(net)
-  moved = _difference(step.ode_step, _state(rec, {'generator': net}), frozen, batch, rec)
+  moved, _ = _difference(step.ode_step, _state(rec, {'generator': net}), frozen, batch, rec)
   assert (moved['loss'] > 1e-4) == seeing
   optimizers = {'dit': rec.optimizers['generator'], 'text': rec.optimizers['generator']}
   rec = dataclasses.replace(rec, optimizers=optimizers, text_dropout=0.5, flow_shift=3.0)
   state = _state(rec, {'dit': net, 'text': frozen['text']})
-  moved = _difference(step.flow_step, state, frozen, batch, rec)
+  moved, _ = _difference(step.flow_step, state, frozen, batch, rec)
   assert (moved['loss'] > 1e-4) == seeing
 
 
@@ -110,7 +121,12 @@ def test_what_is_stored_is_the_first_frame_of_its_clip_before_grey(world, tmp_pa
   first = clips.render(clips.describe(3, 'train', config.seed), 21, 32)[:1]
   video = np.concatenate([first / 127.5 - 1, np.zeros((20, 32, 32, 3))]).astype(np.float32)
   expected = jax.jit(lambda p, x: vae.encode(p, x, rec.vae))(frozen['vae'], video[None])[0]
+  # Latents of order one in float16.
   np.testing.assert_allclose(record['condition'], expected, atol=1e-2)
+  whole = Store(precompute.latents(config, rec, str(tmp_path / 'latents')))[3]
+  np.testing.assert_allclose(whole['condition'], expected, atol=1e-2)
+  np.testing.assert_allclose(whole['latents'][0], expected[0], atol=1e-2)
+  assert np.abs(whole['latents'] - whole['condition'])[1:].max() > 0.1
   ids, _ = stages.tokenizer(config, rec)(clips.captions('train', np.array([3]), config.seed))
   np.testing.assert_array_equal(record['ids'], ids[0])
 
