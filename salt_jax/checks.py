@@ -14,6 +14,8 @@ from salt_jax import convert
 from salt_jax.diffusion.flow import TRAIN_STEPS
 from salt_jax.errors import InputError
 
+FEW_STEP = ('ode', 'causal_ode', 'causal_cd', 'selfforcing')  # stages that make a few-step student
+FORCED = ('ar', 'causal_ode', 'causal_cd')  # stages that train behind clean clips
 MAX_STEPS = 8  # of a student that is sampled; all step counts share one program of this length
 
 _POSITIVE = (
@@ -38,6 +40,7 @@ _POSITIVE = (
   'pairs.batch',
   'latents.count',
   'latents.batch',
+  'consistency.steps',
   'data.frames',
   'evaluate.rows',
   'evaluate.steps',
@@ -52,7 +55,7 @@ _NATURAL = (
   'evaluate.clips',
   'statistics_clips',
 )
-_SHARES = ('ema.decay', 'text_dropout', 'rollout.context_noise', 'schedule.probs')
+_SHARES = ('ema.decay', 'text_dropout', 'rollout.context_noise', 'schedule.probs', 'forcing.noise')
 _DIVIDED = (('pairs.count', 'pairs.batch'), ('latents.count', 'latents.batch'))
 
 
@@ -79,12 +82,13 @@ def check(config: ConfigDict) -> None:
     raise InputError(
       f'dmd.t_min={config.dmd.t_min} must be below dmd.t_max={config.dmd.t_max}, both between 0 and {TRAIN_STEPS}.'
     )
-  if config.stage in ('ode', 'selfforcing') and max(_values(config, 'evaluate.steps')) > MAX_STEPS:
+  if config.stage in FEW_STEP and max(_values(config, 'evaluate.steps')) > MAX_STEPS:
     raise InputError(f'evaluate.steps={config.evaluate.steps} must not exceed {MAX_STEPS}.')
   if 'pairs' in config and config.pairs.steps % config.schedule.steps[0]:
     raise InputError(
       f"pairs.steps={config.pairs.steps} must be a multiple of the student's {config.schedule.steps[0]} steps."
     )
+  _check_causal(config)
   _check_clips(config)
 
 
@@ -143,6 +147,23 @@ def _check_dit(config: ConfigDict, name: str) -> None:
   for key, other, value in pairs:
     if key in model and model[key] != value:
       raise InputError(f'{name}.{key}={model[key]} must equal {other}={value}.')
+
+
+def _check_causal(config: ConfigDict) -> None:
+  """Causal Forcing's initial stages."""
+  if config.stage in FORCED and 0 < config.rollout.window < config.rollout.frames:
+    raise InputError(
+      f'rollout.window={config.rollout.window} is not known to the stage {config.stage}, whose chunks see all before '
+      'them: set it to 0, and the window in the stage after it.'
+    )
+  if 'consistency' in config and config.consistency.steps < 2:
+    raise InputError(
+      f'consistency.steps={config.consistency.steps} must be 2 or more, to have neighbours.'
+    )
+  if 'pairs' in config and 'latents' in config and config.pairs.count > config.latents.count:
+    raise InputError(
+      f'pairs.count={config.pairs.count} must not exceed latents.count={config.latents.count}.'
+    )
 
 
 def _check_clips(config: ConfigDict) -> None:

@@ -4,6 +4,7 @@ Each process writes the shards whose number is its own modulo the process count;
 missing shard.
 """
 
+import dataclasses
 import functools
 import logging
 import os
@@ -15,13 +16,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from salt_jax import data, recipe, weights
-from salt_jax.diffusion import flow, solvers
+from salt_jax.diffusion import flow, forcing, solvers
 from salt_jax.errors import InputError
 from salt_jax.models import vae, wan
 from salt_jax.recipe import Recipe
 from salt_jax.sharding import over_local_devices
 from salt_jax.step import encode, to_unit, unconditional
-from salt_jax.store import Field, StoreWriter
+from salt_jax.store import Field, Store, StoreWriter
 
 log = logging.getLogger(__name__)
 
@@ -65,16 +66,16 @@ def _from(
   return get
 
 
+def _fields(name: str, field: Field, length: int) -> dict[str, Field]:
+  return {name: field, 'ids': Field((length,), 'int32'), 'mask': Field((length,), 'bool')}
+
+
 def latents(config: ConfigDict, rec: Recipe, folder: str) -> str:
   """Encodes `latents.count` training clips; fields latents float16 `[f h w c]`, ids, mask."""
   weights.require(config, ['vae'])
   params = weights.load(config.weights.vae, 'vae', rec.vae)
   shape, length, batch = recipe.latent_shape(config), rec.text_length, config.latents.batch
-  fields = {
-    'latents': Field(shape, 'float16'),
-    'ids': Field((length,), 'int32'),
-    'mask': Field((length,), 'bool'),
-  }
+  fields = _fields('latents', Field(shape, 'float16'), length)
   clips = _from(
     functools.partial(
       data.clips, frames=config.video.frames, size=config.video.height, length=length
@@ -102,6 +103,24 @@ def latents(config: ConfigDict, rec: Recipe, folder: str) -> str:
   )
 
 
+def given_latents(config: ConfigDict, rec: Recipe) -> str:
+  """The folder of latents that were made elsewhere, as `latents` makes them.
+
+  Raises:
+    InputError: no finished store, or records of another shape.
+  """
+  folder = config.data.path
+  have = Store(folder).fields
+  wanted = _fields('latents', Field(recipe.latent_shape(config), 'float16'), rec.text_length)
+  for name, field in wanted.items():
+    if name not in have or have[name].shape != field.shape:
+      found = have[name].shape if name in have else 'absent'
+      raise InputError(
+        f'data.path={folder}: {name} is {found}, but the config asks for {field.shape}.'
+      )
+  return folder
+
+
 def ode_pairs(config: ConfigDict, rec: Recipe, frozen: dict, folder: str) -> str:
   """Teacher trajectories; fields trajectory float16 `[p f h w c]` (kept inputs, then the end), ids, mask.
 
@@ -111,11 +130,7 @@ def ode_pairs(config: ConfigDict, rec: Recipe, frozen: dict, folder: str) -> str
   weights.require(config, ['teacher'])
   teacher = weights.load(config.weights.teacher, 'dit', rec.teacher)
   shape, length = recipe.latent_shape(config), rec.text_length
-  fields = {
-    'trajectory': Field((keep + 1, *shape), 'float16'),
-    'ids': Field((length,), 'int32'),
-    'mask': Field((length,), 'bool'),
-  }
+  fields = _fields('trajectory', Field((keep + 1, *shape), 'float16'), length)
   sigmas = flow.few_step_sigmas(pairs.steps, rec.schedule.shift)
 
   @jax.jit
@@ -136,5 +151,52 @@ def ode_pairs(config: ConfigDict, rec: Recipe, frozen: dict, folder: str) -> str
     trajectory = np.asarray(run(teacher, frozen, *batch))
     return {'trajectory': trajectory, 'ids': item['ids'], 'mask': item['mask']}
 
+  facts = {'seed': config.seed, 'pairs': dict(pairs), 'shift': rec.schedule.shift}
+  return _fill(folder, fields, pairs.count, pairs.batch, facts, make)
+
+
+def causal_pairs(config: ConfigDict, rec: Recipe, frozen: dict, clean: str, folder: str) -> str:
+  """Trajectories of the autoregressive model, every chunk behind the clean chunks of a real clip.
+
+  Fields trajectory float32 `[p f h w c]` (kept inputs, the end, the clean clip), ids, mask. The model computes in
+  float32 whatever the config says: 48 steps add up.
+
+  Args:
+    config: the stage.
+    rec: its recipe.
+    frozen: text encoder, unconditional prompt, and the model as 'ar' in float32.
+    clean: store of latents.
+    folder: where the pairs go.
+  """
+  keep, pairs, clips = rec.schedule.steps[0], config.pairs, Store(clean)
+  if len(clips) < pairs.count:
+    raise InputError(f'pairs.count={pairs.count} exceeds the {len(clips)} clips in {clean}.')
+  shape, sigmas = (
+    clips.fields['latents'].shape,
+    flow.few_step_sigmas(pairs.steps, rec.schedule.shift),
+  )
+  cfg = dataclasses.replace(rec.teacher, dtype='float32', attention='dense')
+
+  @jax.jit
+  def run(frozen, latents, ids, mask, index):
+    texts = encode(frozen, ids, mask, rec), unconditional(frozen, ids.shape[0], rec)
+    keys = flow.example_keys(jax.random.key(rec.seed), index)
+    noise = flow.frame_noise(keys, jnp.arange(shape[0]), 0, shape[1:])
+    model = functools.partial(wan.bind(cfg), frozen['ar'])
+    latents = latents.astype(jnp.float32)
+    velocity = forcing.guided(model, latents, texts, rec.chunking.chunk, pairs.guidance)
+    kept = solvers.trajectory(velocity, noise, sigmas, keep)
+    return jnp.concatenate([kept, latents[:, None]], axis=1)
+
+  def make(number):
+    rows = number * pairs.batch + np.arange(pairs.batch, dtype=np.int32)
+    records = [clips[int(row)] for row in rows]
+    latents, ids, mask = (
+      np.stack([r[name] for r in records]) for name in ('latents', 'ids', 'mask')
+    )
+    batch = over_local_devices((latents, ids, mask, rows))
+    return {'trajectory': np.asarray(run(frozen, *batch)), 'ids': ids, 'mask': mask}
+
+  fields = _fields('trajectory', Field((keep + 2, *shape), 'float32'), rec.text_length)
   facts = {'seed': config.seed, 'pairs': dict(pairs), 'shift': rec.schedule.shift}
   return _fill(folder, fields, pairs.count, pairs.batch, facts, make)

@@ -16,6 +16,7 @@ from salt_jax.checks import check, section
 from salt_jax.diffusion import flow
 from salt_jax.diffusion.rollout import Chunking, Plan
 from salt_jax.errors import InputError
+from salt_jax.losses.causal import ConsistencyConfig, ForcingConfig
 from salt_jax.losses.dmd import DMDConfig
 from salt_jax.models.cache import slots_needed
 from salt_jax.models.text import TextConfig
@@ -64,6 +65,8 @@ class Recipe:
   schedule: Schedule | None = None
   losses: Mapping | None = None
   dmd: DMDConfig | None = None
+  forcing: ForcingConfig | None = None
+  consistency: ConsistencyConfig | None = None
   l1_weight: float | None = None
   kl_weight: float | None = None
   text_dropout: float | None = None
@@ -96,6 +99,9 @@ def build(config: ConfigDict) -> Recipe:
   if 'losses' in config:
     fields['losses'] = dict(config.losses)
     fields['dmd'] = section(DMDConfig, config, 'dmd')
+  for name, cls in (('forcing', ForcingConfig), ('consistency', ConsistencyConfig)):
+    if name in config:
+      fields[name] = section(cls, config, name)
   for name in ('l1_weight', 'kl_weight', 'text_dropout', 'flow_shift'):
     if name in config:
       fields[name] = config[name]

@@ -44,8 +44,8 @@ def get_config(folder):
 
 def stage(name, folder):
   """A config of another stage."""
-  make = {'vae': pretrain, 'teacher': pretrain, 'ode': causal_init}[name]
-  config = shrink(make.get_config('nano' if name == 'ode' else name), folder)
+  make = pretrain if name in ('vae', 'teacher') else causal_init
+  config = shrink(make.get_config(name if make is pretrain else f'nano,stage={name}'), folder)
   config.total_steps = 2
   return config
 
@@ -58,7 +58,7 @@ def write_weights(folder):
       **{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in config.vae.items()}
     ),
     'text': text.TextConfig(**config.text),
-    **{name: wan.WanConfig(**config.model) for name in ('teacher', 'init', 'student')},
+    **{name: wan.WanConfig(**config.model) for name in ('teacher', 'init', 'student', 'ar')},
   }
   for seed, (name, cfg) in enumerate(cfgs.items()):
     network = weights.NETWORKS.get(name, 'dit')

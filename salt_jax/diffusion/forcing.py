@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from salt_jax.diffusion import flow
 from salt_jax.models.cache import KVCache
 from salt_jax.models.wan import Clip
 
@@ -58,3 +59,26 @@ def forced(model: Callable, chunk: int, *, live: bool = False) -> Callable:
 def diffused(model: Callable, chunk: int) -> Callable:
   """The same signature for diffusion forcing: chunks look back at the noisy ones, the clean clip is ignored."""
   return lambda x, t, text, clean, clean_t: model(x, t, text, Clip(chunk=chunk))[0]
+
+
+def guided(
+  model: Callable, clean: Float[Array, 'b f h w c'], texts: tuple, chunk: int, scale: float
+) -> Callable:
+  """`(x, sigma) -> velocity` with guidance (`flow.guide`) behind a clean clip, whose pass is made once.
+
+  Args:
+    model: as in `context`.
+    clean: the clip that chunks look back at.
+    texts: (prompt rows, unconditional rows); both make their own context.
+    chunk: latent frames in a chunk.
+    scale: of the guidance.
+  """
+  text, both = jnp.concatenate(texts), jnp.concatenate([clean, clean])
+  ctx = context(model, both, jnp.zeros(both.shape[:2]), text, chunk)
+
+  def velocity(x, sigma):
+    t = jnp.full(both.shape[:2], 1000 * sigma)
+    v, _ = model(jnp.concatenate([x, x]), t, text, ctx)
+    return flow.guide(*jnp.split(v, 2), scale)
+
+  return velocity
