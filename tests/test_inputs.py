@@ -223,6 +223,9 @@ def test_arguments_of_configs_are_typed(arg, sentence):
 STAGES = {
   'selfforcing': lambda: selfforcing.get_config('nano'),
   'ode': lambda: causal_init.get_config('nano'),
+  'ar': lambda: causal_init.get_config('nano,stage=ar'),
+  'causal_ode': lambda: causal_init.get_config('nano,stage=causal_ode'),
+  'causal_cd': lambda: causal_init.get_config('nano,causal_cd'),
   'vae': lambda: pretrain.get_config('vae'),
   'teacher': lambda: pretrain.get_config('teacher'),
 }
@@ -233,7 +236,8 @@ def test_the_configs_that_ship_are_accepted():
     recipe.build(make())
   for size in ('1.3b', '14b'):
     recipe.build(selfforcing.get_config(size))
-    recipe.build(causal_init.get_config(size))
+    for stage in causal_init.STAGES:
+      recipe.build(causal_init.get_config(f'{size},stage={stage}'))
 
 
 @pytest.mark.parametrize(
@@ -267,6 +271,15 @@ def test_the_configs_that_ship_are_accepted():
     ('selfforcing', {'optim.critic.schedule': 'step'}, "schedule 'step' is unknown; use 'constant' or 'cosine'."),
     ('ode', {'pairs.steps': 50}, "pairs.steps=50 must be a multiple of the student's 4 steps."),
     ('ode', {'pairs.count': 100}, 'pairs.count=100 must be a multiple of pairs.batch=64.'),
+    ('ar', {'forcing.context': 'noise'}, 'forcing.context=noise is unknown: choose one of teacher, diffusion.'),
+    ('ar', {'forcing.noise': 1.5}, 'forcing.noise=1.5 must be between 0 and 1.'),
+    ('ar', {'forcing.noise': 0.1, 'forcing.context': 'diffusion'}, 'forcing.noise=0.1 needs forcing.context=teacher'),
+    ('ar', {'rollout.window': 9}, 'rollout.window=9 is not known to the stage ar, whose chunks see all before them'),
+    ('ar', {'latents.count': 100}, 'latents.count=100 must be a multiple of latents.batch=64.'),
+    ('causal_ode', {'pairs.count': 8192}, 'pairs.count=8192 must not exceed latents.count=4096.'),
+    ('causal_ode', {'rollout.window': 9}, 'rollout.window=9 is not known to the stage causal_ode'),
+    ('causal_cd', {'consistency.steps': 1}, 'consistency.steps=1 must be 2 or more, to have neighbours.'),
+    ('causal_cd', {'evaluate.steps': (4, 9)}, 'evaluate.steps=(4, 9) must not exceed 8.'),
     ('teacher', {'latents.count': 100}, 'latents.count=100 must be a multiple of latents.batch=64.'),
     ('teacher', {'optim.dit.warmup': 20000}, 'leaves nothing after warmup=20000; raise total or lower warmup.'),
     ('vae', {'data.frames': 20}, 'data.frames=20 must be 4n + 1, such as 21.'),
@@ -297,6 +310,17 @@ def test_a_batch_must_divide_over_the_devices():
   check_batch(16, mesh)
   with pytest.raises(InputError, match='batch=12 cannot be split over data x fsdp = 8 shards; make it a multiple of 8'):
     check_batch(12, mesh)
+
+
+@pytest.mark.parametrize('name', ['causal_ode', 'causal_cd'])
+def test_what_the_autoregressive_model_leaves_is_asked_for(name, folder, tmp_path):
+  config = tiny_config.stage(name, folder)
+  config.weights.ar = str(tmp_path / 'ar.safetensors')
+  with pytest.raises(InputError, match=r'needs weights that are not there: .*ar.safetensors \(weights.ar\)'):
+    train.run(config, str(tmp_path / 'run'))
+  config.weights.ar, config.data.kind = config.weights.init, 'images'
+  with pytest.raises(InputError, match='data.kind=images is unknown: choose latents or store.'):
+    train.run(config, str(tmp_path / 'run'))
 
 
 @pytest.mark.parametrize(
