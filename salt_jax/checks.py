@@ -15,6 +15,8 @@ from salt_jax.diffusion.conditioning import FOLD
 from salt_jax.diffusion.flow import TRAIN_STEPS
 from salt_jax.errors import InputError
 
+FEW_STEP = ('ode', 'causal_ode', 'causal_cd', 'selfforcing')  # stages that make a few-step student
+FORCED = ('ar', 'causal_ode', 'causal_cd')  # stages that train behind clean clips
 MAX_STEPS = 8  # of a student that is sampled; all step counts share one program of this length
 
 _POSITIVE = (
@@ -40,6 +42,7 @@ _POSITIVE = (
   'pairs.batch',
   'latents.count',
   'latents.batch',
+  'causal_consistency.steps',
   'data.frames',
   'evaluate.rows',
   'evaluate.steps',
@@ -64,7 +67,7 @@ _NATURAL = (
   'alignment.layer',
   'alignment.margin',
 )
-_SHARES = ('ema.decay', 'text_dropout', 'rollout.context_noise', 'schedule.probs')
+_SHARES = ('ema.decay', 'text_dropout', 'rollout.context_noise', 'schedule.probs', 'forcing.noise')
 _DIVIDED = (('pairs.count', 'pairs.batch'), ('latents.count', 'latents.batch'))
 
 
@@ -95,12 +98,13 @@ def check(config: ConfigDict) -> None:
     )
   if 'losses' in config:
     _check_terms(config)
-  if config.stage in ('ode', 'selfforcing') and max(_values(config, 'evaluate.steps')) > MAX_STEPS:
+  if config.stage in FEW_STEP and max(_values(config, 'evaluate.steps')) > MAX_STEPS:
     raise InputError(f'evaluate.steps={config.evaluate.steps} must not exceed {MAX_STEPS}.')
   if 'pairs' in config and config.pairs.steps % config.schedule.steps[0]:
     raise InputError(
       f"pairs.steps={config.pairs.steps} must be a multiple of the student's {config.schedule.steps[0]} steps."
     )
+  _check_causal(config)
   _check_clips(config)
 
 
@@ -235,6 +239,23 @@ def _check_known_steps(key: str, k: int, steps: tuple) -> None:
   if k not in steps:
     raise InputError(
       f'{key} names {k} steps, but schedule.steps has {steps}: add {k} there or drop it.'
+    )
+
+
+def _check_causal(config: ConfigDict) -> None:
+  """Causal Forcing's initial stages."""
+  if config.stage in FORCED and 0 < config.rollout.window < config.rollout.frames:
+    raise InputError(
+      f'rollout.window={config.rollout.window} is not known to the stage {config.stage}, whose chunks see all before '
+      'them: set it to 0, and the window in the stage after it.'
+    )
+  if 'causal_consistency' in config and config.causal_consistency.steps < 2:
+    raise InputError(
+      f'causal_consistency.steps={config.causal_consistency.steps} must be 2 or more, to have neighbours.'
+    )
+  if 'pairs' in config and 'latents' in config and config.pairs.count > config.latents.count:
+    raise InputError(
+      f'pairs.count={config.pairs.count} must not exceed latents.count={config.latents.count}.'
     )
 
 

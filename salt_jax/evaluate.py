@@ -31,6 +31,7 @@ from salt_jax import (
   video,
   weights,
 )
+from salt_jax.checks import FEW_STEP, FORCED
 from salt_jax.errors import InputError
 from salt_jax.losses.reconstruction import fold_statistics
 from salt_jax.models import vae
@@ -113,6 +114,8 @@ def methods(config: ConfigDict, rec: Recipe, networks: dict[str, PyTree]) -> lis
     return [
       Method(f'teacher, {n} steps', make(networks['dit'], n, cfg.shift)) for n in cfg.teacher_steps
     ]
+  if config.stage in FORCED:
+    return _forced(config, rec, networks['generator'])
   frozen = stages.serving(config, rec, 'text', 'teacher')
   shape = recipe.latent_shape(config)
   make = given(sample.teacher(rec, rec.teacher, frozen, shape, cfg.guidance))
@@ -128,6 +131,22 @@ def methods(config: ConfigDict, rec: Recipe, networks: dict[str, PyTree]) -> lis
     rows += [Method(f'causal init, {n} steps', few(init, n)) for n in cfg.steps]
   name = 'student' if config.stage == 'selfforcing' else 'causal init'
   return rows + [Method(f'{name}, {n} steps', few(networks['generator'], n)) for n in cfg.steps]
+
+
+def _forced(config: ConfigDict, rec: Recipe, params: PyTree) -> list[Method]:
+  """Causal Forcing's initial stages: who taught, then who learnt."""
+  cfg, name = config.evaluate, 'teacher' if config.stage == 'ar' else 'ar'
+  frozen = stages.serving(config, rec, 'text', name)
+  many = sample.autoregressive(rec, frozen, cfg.guidance)
+  if config.stage == 'ar':
+    shape = recipe.latent_shape(config)
+    make = sample.teacher(rec, rec.teacher, frozen, shape, cfg.guidance)
+    taught = make(frozen[name], cfg.teacher_steps, rec.schedule.shift)
+    rows = [Method(f'teacher, {cfg.teacher_steps} steps', taught)]
+    return rows + [Method(f'AR diffusion, {n} steps', many(params, n)) for n in cfg.steps]
+  few = sample.student(rec, frozen)
+  rows = [Method(f'AR diffusion, {cfg.teacher_steps} steps', many(frozen[name], cfg.teacher_steps))]
+  return rows + [Method(f'causal init, {n} steps', few(params, n)) for n in cfg.steps]
 
 
 def _real_method(config: ConfigDict, split: str = 'seen') -> Method:
@@ -309,7 +328,7 @@ def define_flags() -> None:
 def program() -> None:
   args = flags.FLAGS
   rec = recipe.build(args.config)
-  if args.config.size != 'nano' or args.config.stage not in ('ode', 'selfforcing'):
+  if args.config.size != 'nano' or args.config.stage not in FEW_STEP:
     raise InputError(
       f'{args.config.name} cannot be judged: pass --config=configs/selfforcing.py:nano.'
     )

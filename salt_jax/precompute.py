@@ -4,6 +4,7 @@ Each process writes the shards whose number is its own modulo the process count;
 missing shard.
 """
 
+import dataclasses
 import functools
 import logging
 import os
@@ -15,14 +16,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from salt_jax import data, recipe, weights
-from salt_jax.diffusion import flow, solvers
+from salt_jax.diffusion import flow, forcing, solvers
 from salt_jax.diffusion.conditioning import known_video
 from salt_jax.errors import InputError
 from salt_jax.models import vae, wan
 from salt_jax.recipe import Recipe
 from salt_jax.sharding import over_local_devices
 from salt_jax.step import conditioning, to_unit
-from salt_jax.store import Field, StoreWriter
+from salt_jax.store import Field, Store, StoreWriter
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +133,24 @@ def latents(config: ConfigDict, rec: Recipe, folder: str) -> str:
   return _fill(folder, fields, config.latents.count, batch, facts, make)
 
 
+def given_latents(config: ConfigDict, rec: Recipe) -> str:
+  """The folder of latents that were made elsewhere, as `latents` makes them.
+
+  Raises:
+    InputError: no finished store, or records of another shape.
+  """
+  folder = config.data.path
+  have = Store(folder).fields
+  wanted = _fields(config, rec, latents=Field(recipe.latent_shape(config), 'float16'))
+  for name, field in wanted.items():
+    if name not in have or have[name].shape != field.shape:
+      found = have[name].shape if name in have else 'absent'
+      raise InputError(
+        f'data.path={folder}: {name} is {found}, but the config asks for {field.shape}.'
+      )
+  return folder
+
+
 def ode_pairs(config: ConfigDict, rec: Recipe, frozen: dict, folder: str) -> str:
   """Teacher trajectories; fields trajectory float16 `[p f h w c]` (kept inputs, then the end) and ids, mask, for I2V
   condition.
@@ -168,5 +187,54 @@ def ode_pairs(config: ConfigDict, rec: Recipe, frozen: dict, folder: str) -> str
     batch = over_local_devices(record | {'index': item['index'].astype(np.int32)})
     return {'trajectory': np.asarray(run(teacher, frozen, batch))} | record
 
+  facts = {'seed': config.seed, 'pairs': dict(pairs), 'shift': rec.schedule.shift}
+  return _fill(folder, fields, pairs.count, pairs.batch, facts, make)
+
+
+def causal_pairs(config: ConfigDict, rec: Recipe, frozen: dict, clean: str, folder: str) -> str:
+  """Trajectories of the autoregressive model, every chunk behind the clean chunks of a real clip.
+
+  Fields trajectory float32 `[p f h w c]` (kept inputs, the end, the clean clip), ids, mask. The model computes in
+  float32 whatever the config says: 48 steps add up.
+
+  Args:
+    config: the stage.
+    rec: its recipe.
+    frozen: text encoder, unconditional prompt, and the model as 'ar' in float32.
+    clean: store of latents.
+    folder: where the pairs go.
+  """
+  keep, pairs, clips = rec.schedule.steps[0], config.pairs, Store(clean)
+  if len(clips) < pairs.count:
+    raise InputError(f'pairs.count={pairs.count} exceeds the {len(clips)} clips in {clean}.')
+  shape, sigmas = (
+    clips.fields['latents'].shape,
+    flow.few_step_sigmas(pairs.steps, rec.schedule.shift),
+  )
+  cfg = dataclasses.replace(rec.teacher, dtype='float32', attention='dense')
+
+  @jax.jit
+  def run(frozen, batch):
+    texts = conditioning(frozen, batch, rec)
+    keys = flow.example_keys(jax.random.key(rec.seed), batch['index'])
+    noise = flow.frame_noise(keys, jnp.arange(shape[0]), 0, shape[1:])
+    model = functools.partial(wan.bind(cfg), frozen['ar'])
+    latents = batch['latents'].astype(jnp.float32)
+    velocity = forcing.guided(model, latents, texts, rec.chunking.chunk, pairs.guidance)
+    kept = solvers.trajectory(velocity, noise, sigmas, keep)
+    return jnp.concatenate([kept, latents[:, None]], axis=1)
+
+  def make(number):
+    rows = number * pairs.batch + np.arange(pairs.batch, dtype=np.int32)
+    records = [clips[int(row)] for row in rows]
+    batch = {name: np.stack([r[name] for r in records]) for name in ('latents', 'ids', 'mask')}
+    trajectory = run(frozen, over_local_devices(batch | {'index': rows}))
+    return {
+      'trajectory': np.asarray(trajectory),
+      'ids': batch['ids'],
+      'mask': batch['mask'],
+    }
+
+  fields = _fields(config, rec, trajectory=Field((keep + 2, *shape), 'float32'))
   facts = {'seed': config.seed, 'pairs': dict(pairs), 'shift': rec.schedule.shift}
   return _fill(folder, fields, pairs.count, pairs.batch, facts, make)

@@ -15,6 +15,7 @@ from salt_jax.diffusion.draws import ReferenceConfig, Schedule, TripleConfig
 from salt_jax.diffusion.rollout import Chunking, Plan, student_plan
 from salt_jax.errors import InputError
 from salt_jax.losses.alignment import AlignmentConfig
+from salt_jax.losses.causal import CausalConsistencyConfig, ForcingConfig
 from salt_jax.losses.consistency import ConsistencyConfig
 from salt_jax.losses.dmd import DMDConfig
 from salt_jax.models.cache import slots_needed
@@ -47,6 +48,8 @@ class Recipe:
   triples: TripleConfig | None = None
   alignment: AlignmentConfig | None = None
   reference: ReferenceConfig | None = None
+  forcing: ForcingConfig | None = None
+  causal_consistency: CausalConsistencyConfig | None = None
   l1_weight: float | None = None
   kl_weight: float | None = None
   text_dropout: float | None = None
@@ -78,6 +81,9 @@ def build(config: ConfigDict) -> Recipe:
     fields['schedule'] = section(Schedule, config, 'schedule')
   if 'losses' in config:
     fields |= _terms(config)
+  for name, cls in (('forcing', ForcingConfig), ('causal_consistency', CausalConsistencyConfig)):
+    if name in config:
+      fields[name] = section(cls, config, name)
   for name in ('l1_weight', 'kl_weight', 'text_dropout', 'flow_shift'):
     if name in config:
       fields[name] = config[name]

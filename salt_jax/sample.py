@@ -5,6 +5,7 @@
 A checkpoint is the workdir of a run, or a file that a run exported; either knows the config it was made with.
 """
 
+import dataclasses
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ from jaxtyping import Array, Float, PyTree, UInt8
 from ml_collections import ConfigDict
 
 from salt_jax import checkpoint, cli, precompute, recipe, stages, video, weights
-from salt_jax.checks import MAX_STEPS
+from salt_jax.checks import FEW_STEP, MAX_STEPS
 from salt_jax.diffusion import flow, rollout, solvers
 from salt_jax.errors import InputError
 from salt_jax.models import vae, wan
@@ -80,6 +81,41 @@ def teacher(
       texts = _prompts(frozen, batch, rec)
       noise = flow.frame_noise(_keys(rec, batch[2]), jnp.arange(shape[0]), 0, tuple(shape[1:]))
       return solvers.euler_sample(wan.bind(cfg), params, noise, texts, sigmas, guidance)
+
+    return lambda *batch: run(params, frozen, batch)
+
+  return with_steps
+
+
+def autoregressive(
+  rec: Recipe, frozen: PyTree, guidance: float
+) -> Callable[[PyTree, int], Sampler]:
+  """Many-step sampling of an autoregressive model, chunk after chunk: Euler with guidance.
+
+  Prompt and unconditional prompt are one batch of twice the size, so each has its own cache.
+
+  Args:
+    rec: sizes, chunking, shift.
+    frozen: text encoder and the unconditional prompt.
+    guidance: as uncond + guidance (cond - uncond).
+
+  Returns:
+    `(params, steps) -> Sampler`.
+  """
+  rec = dataclasses.replace(rec, chunking=dataclasses.replace(rec.chunking, mode='ode'))
+
+  def guided(params, x, t, text, ctx):
+    v, features = wan.apply(params, x, t, text, ctx, rec.model)
+    v = flow.guide(*jnp.split(v, 2), guidance)
+    return jnp.concatenate([v, v]), features
+
+  def with_steps(params, steps):
+    @jax.jit
+    def run(params, frozen, batch):
+      keys = jnp.concatenate([_keys(rec, batch[2])] * 2)
+      plan = recipe.full_plan(rec, steps)
+      texts = flow.paired(*_prompts(frozen, batch, rec))
+      return rollout.rollout(guided, params, keys, texts, plan).x0[: len(batch[0])]
 
     return lambda *batch: run(params, frozen, batch)
 
@@ -163,7 +199,7 @@ def _config_of_run(path: str) -> ConfigDict:
 def _student_recipe(config: ConfigDict, path: str) -> Recipe:
   if 'stage' not in config:
     raise InputError(f'{path} is no run of salt_jax: its config names no stage.')
-  if config.stage not in ('ode', 'selfforcing'):
+  if config.stage not in FEW_STEP:
     raise InputError(
       f'{path} was made by the stage "{config.stage}", which has no few-step student.'
     )

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from salt_jax import clips, data, precompute, step, weights
+from salt_jax import causal_steps, clips, data, precompute, step, weights
 from salt_jax.errors import InputError
 from salt_jax.models import text, vae, wan
 from salt_jax.models.text import WordTokenizer
@@ -114,13 +114,54 @@ def _ode(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
   weights.require(config, ('text', 'teacher', 'vae'))
   frozen = serving(config, rec, 'text')
   folder = precompute.ode_pairs(config, rec, frozen, os.path.join(workdir, 'pairs'))
+  return _generator(config, rec, 'teacher', frozen, (step.ode_step, folder))
+
+
+def _generator(config: ConfigDict, rec: Recipe, start: str, frozen: dict, work: tuple) -> Stage:
+  """One student that starts from the weights `start`; `work` is its step and the folder of its data."""
+  run, folder = work
   return Stage(
     shapes={'generator': weights.shapes('dit', rec.model)},
-    start=lambda: {'generator': weights.load(config.weights.teacher, 'dit', rec.model)},
+    start=lambda: {'generator': weights.load(config.weights[start], 'dit', rec.model)},
     frozen=frozen,
     averaged=('generator',),
-    steps=(StepSpec('generator', step.ode_step, 1, functools.partial(data.store_batches, folder)),),
+    steps=(StepSpec('generator', run, 1, functools.partial(data.store_batches, folder)),),
   )
+
+
+def _ar(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
+  weights.require(config, ('text', 'teacher', 'vae'))
+  frozen = serving(config, rec, 'text')
+  # Read once before the latents are made, so that a damaged file is not found behind them.
+  weights.load(config.weights.teacher, 'dit', rec.model)
+  folder = _clean_latents(config, rec, workdir)
+  return _generator(config, rec, 'teacher', frozen, (causal_steps.ar_step, folder))
+
+
+def _causal_ode(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
+  weights.require(config, ('text', 'ar', 'vae'))
+  frozen = serving(config, rec, 'text')
+  ar = weights.load(config.weights.ar, 'dit', rec.teacher)
+  clean = _clean_latents(config, rec, workdir)
+  folder = precompute.causal_pairs(
+    config, rec, frozen | {'ar': ar}, clean, os.path.join(workdir, 'pairs')
+  )
+  return _generator(config, rec, 'ar', frozen, (causal_steps.causal_ode_step, folder))
+
+
+def _causal_cd(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
+  weights.require(config, ('text', 'ar', 'vae'))
+  frozen = serving(config, rec, 'text', 'ar')
+  folder = _clean_latents(config, rec, workdir)
+  return _generator(config, rec, 'ar', frozen, (causal_steps.causal_cd_step, folder))
+
+
+def _clean_latents(config: ConfigDict, rec: Recipe, workdir: str) -> str:
+  if config.data.kind == 'latents':
+    return precompute.latents(config, rec, os.path.join(workdir, 'latents'))
+  if config.data.kind == 'store':
+    return precompute.given_latents(config, rec)
+  raise InputError(f'data.kind={config.data.kind} is unknown: choose latents or store.')
 
 
 def _selfforcing(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
@@ -165,7 +206,15 @@ def build(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
   Raises:
     InputError: an unknown stage, or missing files.
   """
-  kinds = {'vae': _vae, 'flow': _flow, 'ode': _ode, 'selfforcing': _selfforcing}
+  kinds = {
+    'vae': _vae,
+    'flow': _flow,
+    'ode': _ode,
+    'ar': _ar,
+    'causal_ode': _causal_ode,
+    'causal_cd': _causal_cd,
+    'selfforcing': _selfforcing,
+  }
   if config.stage not in kinds:
     raise InputError(f'stage={config.stage} is unknown: choose one of {", ".join(kinds)}.')
   return kinds[config.stage](config, rec, workdir)

@@ -221,9 +221,13 @@ def test_arguments_of_configs_are_typed(arg, sentence):
 
 
 I2V = {'model.in_channels': 36, 'teacher.in_channels': 36}
+NO_TERMS = {'losses.dmd': 0.0, 'losses.consistency': 0.0, 'losses.alignment': 0.0}
 STAGES = {
   'selfforcing': lambda: selfforcing.get_config('nano'),
   'ode': lambda: causal_init.get_config('nano'),
+  'ar': lambda: causal_init.get_config('nano,stage=ar'),
+  'causal_ode': lambda: causal_init.get_config('nano,stage=causal_ode'),
+  'causal_cd': lambda: causal_init.get_config('nano,causal_cd'),
   'vae': lambda: pretrain.get_config('vae'),
   'teacher': lambda: pretrain.get_config('teacher'),
   'teacher_i2v': lambda: pretrain.get_config('teacher,i2v'),
@@ -242,7 +246,8 @@ def test_the_configs_that_ship_are_accepted():
     recipe.build(make())
   for size in ('1.3b', '14b'):
     recipe.build(selfforcing.get_config(size))
-    recipe.build(causal_init.get_config(size))
+    for stage in causal_init.STAGES:
+      recipe.build(causal_init.get_config(f'{size},stage={stage}'))
 
 
 @pytest.mark.parametrize(
@@ -269,9 +274,22 @@ def test_the_configs_that_ship_are_accepted():
     ('selfforcing', {'video.frames': 80}, 'video.frames=80 must be 4n + 1, such as 81.'),
     ('selfforcing', {'video.height': 72, 'video.width': 72}, 'video.height=72 must be a multiple of 16.'),
     ('selfforcing', {'video.width': 32}, 'video.height=64 and video.width=32 must be equal'),
-    ('selfforcing', {'schedule.probs': (0.9,)}, 'schedule.probs (0.9,) must be positive and sum to 1.'),
+    ('selfforcing', {'schedule.probs': (0.4, 0.4, 0.1)}, 'schedule.probs (0.4, 0.4, 0.1) must be positive and sum to'),
     ('selfforcing', {'schedule.probs': (1.5, -0.5)}, 'schedule.probs=1.5 must be between 0 and 1.'),
-    ('selfforcing', {'schedule.steps': (4, 2)}, 'schedule.probs (1.0,) differ in length.'),
+    ('selfforcing', {'schedule.probs': (0.5, 0.5)}, 'schedule.probs (0.5, 0.5) differ in length.'),
+    ('selfforcing', {'schedule.steps': (4, 4, 2), 'triples.steps': (4,)}, 'names a step count twice.'),
+    ('selfforcing', {'schedule.steps': (6, 4, 2)}, 'triples.steps names 8 steps, but schedule.steps has (6, 4, 2)'),
+    ('selfforcing', {'triples.segments': 3}, 'triples.segments=3 puts boundaries off the grid of 8 steps'),
+    ('selfforcing', {'triples.segments': 0}, 'triples.segments=0 must be positive.'),
+    ('selfforcing', {'reference.map': ((3, (6,)),)}, 'reference.map names 3 steps, but schedule.steps has (8, 4, 2)'),
+    ('selfforcing', {'reference.map': ((2, (3,)),)}, 'reference.map: 3 steps are no denser form of 2; take a multiple'),
+    ('selfforcing', {'reference.coupling': 'b'}, 'reference.coupling=b is unknown: choose one of aligned_b, aligned_a,'),
+    ('selfforcing', {'alignment.layer': 6}, 'alignment.layer=6 is not in the teacher, whose 6 blocks count from 0'),
+    ('selfforcing', {'alignment.kind': 'x'}, 'alignment.kind=x is unknown: choose one of relations, mmd, latents.'),
+    ('selfforcing', {'consistency.form': 'x'}, 'consistency.form=x is unknown: choose one of endpoint, velocity, x0.'),
+    ('selfforcing', {'rollout.chunk': 21}, 'losses.alignment needs a causal student: set rollout.chunk below'),
+    ('selfforcing', {'losses.dmd': -1.0}, 'losses.dmd=-1.0 must be zero or positive.'),
+    ('selfforcing', NO_TERMS, 'losses has no term with a weight above 0; give one, such as losses.dmd=1.0.'),
     ('selfforcing', {'schedule.steps': ('abc',)}, 'schedule.steps=abc must be a number, positive.'),
     ('selfforcing', {'evaluate.steps': (4, 9)}, 'evaluate.steps=(4, 9) must not exceed 8.'),
     ('selfforcing', {'export_dtype': 'float8'}, 'export_dtype=float8 is unknown: choose one of float32, '),
@@ -283,6 +301,15 @@ def test_the_configs_that_ship_are_accepted():
     ('selfforcing', {'optim.critic.schedule': 'step'}, "schedule 'step' is unknown; use 'constant' or 'cosine'."),
     ('ode', {'pairs.steps': 50}, "pairs.steps=50 must be a multiple of the student's 4 steps."),
     ('ode', {'pairs.count': 100}, 'pairs.count=100 must be a multiple of pairs.batch=64.'),
+    ('ar', {'forcing.context': 'noise'}, 'forcing.context=noise is unknown: choose one of teacher, diffusion.'),
+    ('ar', {'forcing.noise': 1.5}, 'forcing.noise=1.5 must be between 0 and 1.'),
+    ('ar', {'forcing.noise': 0.1, 'forcing.context': 'diffusion'}, 'forcing.noise=0.1 needs forcing.context=teacher'),
+    ('ar', {'rollout.window': 9}, 'rollout.window=9 is not known to the stage ar, whose chunks see all before them'),
+    ('ar', {'latents.count': 100}, 'latents.count=100 must be a multiple of latents.batch=64.'),
+    ('causal_ode', {'pairs.count': 8192}, 'pairs.count=8192 must not exceed latents.count=4096.'),
+    ('causal_ode', {'rollout.window': 9}, 'rollout.window=9 is not known to the stage causal_ode'),
+    ('causal_cd', {'causal_consistency.steps': 1}, 'causal_consistency.steps=1 must be 2 or more, to have neighbours.'),
+    ('causal_cd', {'evaluate.steps': (4, 9)}, 'evaluate.steps=(4, 9) must not exceed 8.'),
     ('teacher', {'latents.count': 100}, 'latents.count=100 must be a multiple of latents.batch=64.'),
     ('teacher', {'optim.dit.warmup': 20000}, 'leaves nothing after warmup=20000; raise total or lower warmup.'),
     ('vae', {'data.frames': 20}, 'data.frames=20 must be 4n + 1, such as 21.'),
@@ -313,6 +340,17 @@ def test_a_batch_must_divide_over_the_devices():
   check_batch(16, mesh)
   with pytest.raises(InputError, match='batch=12 cannot be split over data x fsdp = 8 shards; make it a multiple of 8'):
     check_batch(12, mesh)
+
+
+@pytest.mark.parametrize('name', ['causal_ode', 'causal_cd'])
+def test_what_the_autoregressive_model_leaves_is_asked_for(name, folder, tmp_path):
+  config = tiny_config.stage(name, folder)
+  config.weights.ar = str(tmp_path / 'ar.safetensors')
+  with pytest.raises(InputError, match=r'needs weights that are not there: .*ar.safetensors \(weights.ar\)'):
+    train.run(config, str(tmp_path / 'run'))
+  config.weights.ar, config.data.kind = config.weights.init, 'images'
+  with pytest.raises(InputError, match='data.kind=images is unknown: choose latents or store.'):
+    train.run(config, str(tmp_path / 'run'))
 
 
 @pytest.mark.parametrize(

@@ -56,8 +56,8 @@ def get_i2v(folder):
 
 def stage(name, folder):
   """A config of another stage; for the teacher 'teacher,i2v' too."""
-  make = causal_init if name == 'ode' else pretrain
-  config = shrink(make.get_config('nano' if name == 'ode' else name), folder)
+  make = pretrain if name == 'vae' or name.startswith('teacher') else causal_init
+  config = shrink(make.get_config(name if make is pretrain else f'nano,stage={name}'), folder)
   config.total_steps = 2
   return config
 
@@ -84,7 +84,7 @@ def write_weights(folder, i2v=False):
       **{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in config.vae.items()}
     ),
     'text': text.TextConfig(**config.text),
-    **{name: wan.WanConfig(**config.model) for name in ('teacher', 'init', 'student')},
+    **{name: wan.WanConfig(**config.model) for name in ('teacher', 'init', 'student', 'ar')},
   }
   for seed, (name, cfg) in enumerate(cfgs.items()):
     _write(folder, name, cfg, seed)

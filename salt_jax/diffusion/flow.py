@@ -6,6 +6,7 @@
   (4)  x_b     = x_a - (sigma_a - sigma_b) v  one Euler step of the probability-flow ODE
   (5)  sigma   = s u / (1 + (s - 1) u)        a uniform u in [0, 1] under shift s
   (6)  t       = 1000 sigma                   what the network is told
+  (7)  w       = y - min y, brought to mean 1 over the 1000 levels,  y = exp(-2 (sigma - 1/2)^2)
 
 sigma is t / 1000 exactly; the originals' look-up of the nearest of 1000 grid points is left out.
 """
@@ -21,6 +22,21 @@ TRAIN_STEPS = 1000
 def shifted(u, shift: float):
   """Equation (5), for NumPy and JAX alike."""
   return shift * u / (1 + (shift - 1) * u)
+
+
+def training_weight(sigma: Float[Array, '...'], shift: float) -> Float[Array, '...']:
+  """Equation (7): how much a level counts in causal flow matching (self_forcing.md 1.5).
+
+  y at both ends is the smallest, exp(-1/2), so y - min y = exp(-1/2) expm1(2 sigma (1 - sigma)): no cancellation.
+
+  Args:
+    sigma: levels.
+    shift: of the grid over which the mean is 1.
+  """
+  grid = shifted(1 - np.arange(TRAIN_STEPS, dtype=np.float64) / TRAIN_STEPS, shift)
+  mean = np.expm1(2 * grid * (1 - grid)).mean()
+  sigma = jnp.asarray(sigma, jnp.float32)
+  return jnp.expm1(2 * sigma * (1 - sigma)) / jnp.float32(mean)
 
 
 def few_step_sigmas(steps: int, shift: float) -> np.ndarray:

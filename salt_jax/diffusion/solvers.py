@@ -57,13 +57,24 @@ def euler_trajectory(
   Returns:
     `[b keep + 1 f h w c]`: inputs at steps 0, n/keep, 2n/keep, …, then the clean latents.
   """
+
+  def velocity(x, sigma):
+    return guided_velocity(apply, params, x, sigma, texts, scale)
+
+  return trajectory(velocity, noise, sigmas, keep)
+
+
+def trajectory(
+  velocity: Callable, noise: Float[Array, 'b f h w c'], sigmas: np.ndarray, keep: int
+) -> Float[Array, 'b p f h w c']:
+  """`euler_trajectory` of any field `(x, sigma) -> velocity`."""
   steps = len(sigmas) - 1
   pairs = (
     np.stack([sigmas[:-1], sigmas[1:]], axis=1).astype(np.float32).reshape(keep, steps // keep, 2)
   )
 
   def step(x, pair):
-    v = guided_velocity(apply, params, x, pair[0], texts, scale)
+    v = velocity(x, pair[0])
     return flow.euler(x, v, pair[0], pair[1]), None
 
   def stretch(x, some):

@@ -107,13 +107,15 @@ class Clip:
   Attributes:
     chunk: latent frames in a chunk; None is bidirectional.
     past: if given, a chunk's earlier frames are read from this cache instead of from the clip itself. All chunks
-      then run in parallel exactly as they would one by one. Gradients never flow through it.
+      then run in parallel exactly as they would one by one. Gradients never flow through it, unless `live`.
     taps: blocks whose output is returned.
+    live: lets gradients flow through `past`, as teacher forcing wants and rollouts must not.
   """
 
   chunk: int | None = struct.field(pytree_node=False, default=None)
   past: KVCache | None = None
   taps: tuple[int, ...] = struct.field(pytree_node=False, default=())
+  live: bool = struct.field(pytree_node=False, default=False)
 
 
 @struct.dataclass
@@ -355,7 +357,9 @@ class Wan(nn.Module):
   def _blocks(self, x, angles, time, rows, ctx):
     cfg = self.cfg
     cache = ctx.cache if isinstance(ctx, Chunk) else ctx.past
-    past = () if cache is None else jax.lax.stop_gradient((cache.k, cache.v))
+    past = () if cache is None else (cache.k, cache.v)
+    if not (isinstance(ctx, Clip) and ctx.live):
+      past = jax.lax.stop_gradient(past)
     block = nn.remat(Block, prevent_cse=False) if cfg.remat else Block
     scanned = nn.scan(
       block,
