@@ -57,8 +57,9 @@ def _mask():
 
 def _doubled():
   """diffusers on [clean; noisy] in one sequence: the noisy half's velocity, and gradients in Wan's names."""
-  model, params = test_wan._oracle()
-  x, t, clean, clean_t, text = (torch.from_numpy(np.array(y)) for y in _inputs())
+  model, params = test_wan._oracle(tiny.WAN)
+  *clips, prompt = _inputs()
+  x, t, clean, clean_t, text = (torch.from_numpy(np.array(y)) for y in (*clips, prompt.text))
   weights = torch.from_numpy(np.array(tiny.latents(6)))
   both = torch.cat([clean, x], 1).movedim(-1, 1)
   per_token = torch.cat([clean_t, t], 1).repeat_interleave(TOKENS, 1)

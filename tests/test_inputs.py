@@ -64,7 +64,7 @@ WRONG_COMMANDS = {
       "--config.optim.generator.lr=x: a number is needed, not 'x'",
     ),
     ([NANO, '--config.rollout.unroll=3'], '--config.rollout.unroll=3: true or false is needed'),
-    ([NANO + 'o'], 'the config argument "nanoo" is unknown; known are: 1.3b, 14b, nano, size=.'),
+    ([NANO + 'o'], 'the config argument "nanoo" is unknown; known are: 1.3b, 14b, causal_forcing, dmd,'),
     (
       ['--config=configs/selforcing.py:nano'],
       'there is no config file configs/selforcing.py here; pass one such as',
