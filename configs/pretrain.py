@@ -15,7 +15,7 @@ from salt_jax.errors import InputError
 def get_config(arg=None):
   arg = base.parse_arg(arg, net=('teacher', 'vae'), steps=0, i2v=False)
   if arg.net == 'teacher':
-    return _teacher(arg.steps or 20000, arg.i2v)
+    return _teacher(arg.steps or 14000, arg.i2v)
   if arg.i2v:
     raise InputError('the config argument i2v is for the teacher: the VAE serves both.')
   return _vae(arg.steps or 4000)
@@ -51,8 +51,8 @@ def _teacher(steps, i2v):
   config.text_dropout = 0.1
   config.flow_shift = 3.0
   config.optim = dict(
-    dit=base.adamw(1e-3, b2=0.99, clip=1.0, schedule='cosine', warmup=500, total=steps),
-    text=base.adamw(1e-3, b2=0.99, clip=1.0, schedule='cosine', warmup=500, total=steps),
+    dit=base.adamw(1.5e-3, b2=0.99, clip=1.0, schedule='cosine', warmup=500, total=steps),
+    text=base.adamw(1.5e-3, b2=0.99, clip=1.0, schedule='cosine', warmup=500, total=steps),
   )
   config.ema = dict(decay=0.999, start=0)
   config.evaluate = dict(clips=256, rows=4, guidance=4.0, shift=5.0, teacher_steps=(50, 24, 4, 2))

@@ -311,7 +311,7 @@ def test_the_configs_that_ship_are_accepted():
     ('causal_cd', {'causal_consistency.steps': 1}, 'causal_consistency.steps=1 must be 2 or more, to have neighbours.'),
     ('causal_cd', {'evaluate.steps': (4, 9)}, 'evaluate.steps=(4, 9) must not exceed 8.'),
     ('teacher', {'latents.count': 100}, 'latents.count=100 must be a multiple of latents.batch=64.'),
-    ('teacher', {'optim.dit.warmup': 20000}, 'leaves nothing after warmup=20000; raise total or lower warmup.'),
+    ('teacher', {'optim.dit.warmup': 14000}, 'leaves nothing after warmup=14000; raise total or lower warmup.'),
     ('vae', {'data.frames': 20}, 'data.frames=20 must be 4n + 1, such as 21.'),
     ('vae', {'statistics_clips': 6}, 'statistics_clips=6 must be a multiple of 4.'),
   ],
