@@ -40,7 +40,7 @@ from salt_jax.step import to_unit
 
 log = logging.getLogger('salt_jax.evaluate')
 
-MEASURES = ('colour', 'class', 'direction', 'travel', 'drift')
+MEASURES = judge.MEASURES
 _BATCH = 16
 
 

@@ -1,8 +1,9 @@
 """A small judge of the nano world: does a video show what its caption says?
 
 Colour and motion are measured on the pixels: the mask of a colour is where its own channels exceed
-the others, its centroid is the object's track. The garment's class is read by a small perceptron
-from crops around that centroid; it is trained in seconds on real clips of the 'train' split.
+the others, its centroid is the object's track. Light of other colours is stray: ghosts and bleeding.
+The garment's class is read by a small perceptron from crops around the centroid; it is trained in
+seconds on real clips of the 'train' split.
 """
 
 import functools
@@ -20,7 +21,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from salt_jax import clips
 from salt_jax.errors import InputError
 
-MEASURES = ('colour', 'class', 'direction', 'travel', 'drift')
+MEASURES = ('colour', 'class', 'direction', 'travel', 'drift', 'stray', 'sharpness')
 STRIDE = 4  # Every fourth frame is looked at: one per latent frame.
 PURE = 48  # Grey levels by which a colour's channels must exceed the others.
 SMALLEST = 20  # Pixels of a mask below which the object is not there.
@@ -118,6 +119,21 @@ def _travel(path: Track) -> float:
   return float(steps[path.there[1:] & path.there[:-1]].sum())
 
 
+def _stray(video: UInt8[np.ndarray, 'f h w 3'], tracks: Mapping[str, Track], colours) -> float:
+  """Share of the light that is in none of the captioned colours; 1 of a dark clip."""
+  light = video.max(-1).astype(np.float64)
+  light[light <= PURE] = 0
+  captioned = np.any([tracks[colour].pure > 0 for colour in colours], axis=0)
+  return 1 - float(light[captioned].sum() / max(light.sum(), 1))
+
+
+def _sharpness(video: UInt8[np.ndarray, 'f h w 3']) -> float:
+  """Mean absolute difference of neighbouring pixels over mean brightness: the same at any size of the light."""
+  light = video.max(-1).astype(np.float64)
+  steps = sum(np.abs(np.diff(light, axis=axis)).sum() for axis in (1, 2))
+  return float(steps / max(light.sum(), 1))
+
+
 def _normalised(crops: UInt8[np.ndarray, 'n 32 32']) -> Float[np.ndarray, 'n 32 32']:
   return crops.astype(np.float32) / np.maximum(crops.max((1, 2), keepdims=True), 1)
 
@@ -160,6 +176,8 @@ def judge(
     direction: 1 if the first 24 frames move the captioned way by at least 3 pixels.
     travel: length of the centroid's path in pixels.
     drift: share of frames whose garment is not the clip's majority one, or is not there.
+    stray: share of the light that has none of the captioned colours.
+    sharpness: steps between neighbouring pixels over brightness; real clips have the right amount.
 
   Raises:
     InputError: a caption is not of the nano world, or their number is not that of the videos.
@@ -178,14 +196,15 @@ def judge(
   )
   probabilities = iter(np.split(_classify(params, crops), len(crops) // looks.shape[1]))
   rows = []
-  for paths, phrases in zip(tracks, wanted, strict=True):
+  for video, paths, phrases in zip(looks, tracks, wanted, strict=True):
     shown = _colours_shown(paths, len(phrases))
     verdicts = []
     for colour, kind, direction in phrases:
       path = paths[colour]
       right, drift = _class_and_drift(path, next(probabilities), kind)
       verdicts.append((colour in shown, right, _moves(path, direction), _travel(path), drift))
-    rows.append(np.mean(verdicts, 0))
+    stray = _stray(video, paths, [phrase.colour for phrase in phrases])
+    rows.append([*np.mean(verdicts, 0), stray, _sharpness(video)])
   return dict(zip(MEASURES, np.array(rows, np.float32).T, strict=True))
 
 

@@ -140,24 +140,23 @@ def test_weights(weight, power):
   np.testing.assert_allclose(loss, plain * (1 - SIGMAS[3]) ** power, rtol=1e-5)
 
 
-def test_an_inactive_term_is_zero_has_no_gradient_and_runs_no_pass():
+@pytest.mark.parametrize('form', consistency.FORMS)
+def test_an_inactive_term_is_zero_has_no_gradient_and_runs_no_pass(form):
   calls = []
 
   def loss(theta, active, indices):
-    x = tiny.latents(0)
-    triple = _triple(indices, active)
+    x, triple = tiny.latents(0), _triple(indices, active)
 
     def again(y, sigma):
       jax.debug.callback(lambda: calls.append(1))
       return _curved(theta, y, sigma)
 
-    return consistency_loss(again, x, _curved(theta, x, triple.start), triple, ConsistencyConfig())[
-      0
-    ].sum()
+    v = _curved(theta, x, triple.start)
+    return consistency_loss(again, x, v, triple, ConsistencyConfig(form=form))[0].sum()
 
   run = jax.jit(jax.value_and_grad(loss), static_argnums=2)
-  # The second is what an exit at the last level leaves in the tables.
-  for indices in ((5, 6, 8), (7, 8, 0)):
+  # The last two are degenerate, as exits without a triple leave them in the tables.
+  for indices in ((5, 6, 8), (7, 8, 0), (0, 1, 0)):
     value, grad = run(0.7, False, indices)
     jax.effects_barrier()
     assert float(value) == 0 and float(grad) == 0 and not calls

@@ -283,7 +283,7 @@ def test_the_configs_that_ship_are_accepted():
     ('selfforcing', {'triples.segments': 0}, 'triples.segments=0 must be positive.'),
     ('selfforcing', {'reference.map': ((3, (6,)),)}, 'reference.map names 3 steps, but schedule.steps has (8, 4, 2)'),
     ('selfforcing', {'reference.map': ((2, (3,)),)}, 'reference.map: 3 steps are no denser form of 2; take a multiple'),
-    ('selfforcing', {'reference.coupling': 'b'}, 'reference.coupling=b is unknown: choose one of aligned_b, aligned_a,'),
+    ('selfforcing', {'reference.coupling': 'b'}, 'reference.coupling=b is unknown: choose one of aligned_b,'),
     ('selfforcing', {'alignment.layer': 6}, 'alignment.layer=6 is not in the teacher, whose 6 blocks count from 0'),
     ('selfforcing', {'alignment.kind': 'x'}, 'alignment.kind=x is unknown: choose one of relations, mmd, latents.'),
     ('selfforcing', {'consistency.form': 'x'}, 'consistency.form=x is unknown: choose one of endpoint, velocity, x0.'),
