@@ -118,6 +118,20 @@ def _travel(path: Track) -> float:
   return float(steps[path.there[1:] & path.there[:-1]].sum())
 
 
+def travel(videos: UInt8[np.ndarray, 'b f h w 3'], captions: list[str]) -> Float[np.ndarray, 'b']:
+  """The figure `travel` of `judge`, which needs no class network.
+
+  Raises:
+    InputError: a caption is not of the nano world.
+  """
+  looks = videos[:, _looked_at(videos.shape[1])]
+  lengths = [
+    np.mean([_travel(track(video, phrase.colour)) for phrase in clips.parse(caption)])
+    for video, caption in zip(looks, captions, strict=True)
+  ]
+  return np.array(lengths, np.float32)
+
+
 def _normalised(crops: UInt8[np.ndarray, 'n 32 32']) -> Float[np.ndarray, 'n 32 32']:
   return crops.astype(np.float32) / np.maximum(crops.max((1, 2), keepdims=True), 1)
 
