@@ -131,7 +131,8 @@ def common(name: str, stage: str, size: str, total_steps: int, batch: int) -> Co
       weights=weights(size),
       ema=dict(decay=0.99, start=0),
       checkpoint=dict(every=max(1, total_steps // 5), keep=2),  # in steps; kept checkpoints
-      log=dict(every=10),
+      # Lines on the terminal; every so many steps (0: never) figures of so many clips of the averaged student.
+      log=dict(every=10, samples_every=0, samples=4),
       export_dtype='float16' if size == 'nano' else 'float32',
       shard_min_size=2**16,  # smaller arrays stay whole under the fsdp rule
       workers=0,  # data processes; 0 renders in threads

@@ -30,6 +30,7 @@ _POSITIVE = (
   'checkpoint.every',
   'checkpoint.keep',
   'log.every',
+  'log.samples',
   'generator_every',
   'rollout.frames',
   'rollout.chunk',
@@ -55,6 +56,7 @@ _NATURAL = (
   'rollout.sink',
   'rollout.window',
   'evaluate.clips',
+  'log.samples_every',
   'statistics_clips',
   'losses.dmd',
   'losses.consistency',
@@ -103,6 +105,16 @@ def check(config: ConfigDict) -> None:
   if 'pairs' in config and config.pairs.steps % config.schedule.steps[0]:
     raise InputError(
       f"pairs.steps={config.pairs.steps} must be a multiple of the student's {config.schedule.steps[0]} steps."
+    )
+  if any(_values(config, 'log.samples_every')) and config.stage not in FEW_STEP:
+    raise InputError(
+      f'log.samples_every={config.log.samples_every} needs a few-step student, which the stage '
+      f'"{config.stage}" does not train: set it to 0.'
+    )
+  if any(_values(config, 'log.samples_every')) and config.model.in_channels > config.vae.z_dim:
+    raise InputError(
+      f'log.samples_every={config.log.samples_every} samples captions alone, and this student is given first frames: '
+      'set it to 0.'
     )
   _check_causal(config)
   _check_clips(config)

@@ -56,6 +56,11 @@ def define_config(help_string: str, default: str | None = None) -> flags.FlagHol
   return holder
 
 
+def config_is_given() -> bool:
+  """Whether the command names a config or overrides a key of one; otherwise --config is the default alone."""
+  return any(re.match(r'--?(no)?config([.=]|$)', word) for word in sys.argv[1:])
+
+
 def check_folder(flag: str, folder: str) -> None:
   """Makes the folder that results go to, so that what took long is not lost at its end.
 
@@ -114,7 +119,7 @@ def _origin(error: BaseException) -> BaseException:
   found, link = error, error
   while link:
     found = link if isinstance(link, InputError) else found
-    link = link.__cause__ or link.__context__
+    link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
   return found
 
 

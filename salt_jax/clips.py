@@ -203,6 +203,13 @@ def render(scene: Scene, frames: int = 81, size: int = WORLD) -> UInt8[np.ndarra
   return video
 
 
+def films(
+  index: Int[np.ndarray, 'b'], split: str, seed: int, frames: int = 81, size: int = WORLD
+) -> UInt8[np.ndarray, 'b f size size 3']:
+  """Some rendered clips; arguments as for `describe` and `render`."""
+  return np.stack([render(describe(int(i), split, seed), frames, size) for i in index])
+
+
 def sentence(phrases: list[Phrase] | tuple[Phrase, ...]) -> str:
   """The caption that says these phrases."""
   return ' and '.join(f'a {p.colour} {p.kind} moves {p.direction}' for p in phrases)

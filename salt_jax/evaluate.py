@@ -2,9 +2,11 @@
 
   python -m salt_jax.evaluate --checkpoint=RUN --clips=256
 
-makes the table of everything that ships with the nano world, and of a run's student beside it.
+makes the table of everything that ships with the nano world, and of a run's student beside it. With
+--diagnose=defect,cache,swap,drift it looks into one student instead, see `diagnostics`.
 """
 
+import dataclasses
 import json
 import logging
 import os
@@ -23,6 +25,7 @@ from salt_jax import (
   cli,
   clips,
   convert,
+  diagnostics,
   judge,
   precompute,
   recipe,
@@ -80,10 +83,7 @@ def finished(config: ConfigDict, rec: Recipe, networks: dict[str, PyTree]) -> di
 def _real(
   config: ConfigDict, index, split: str = 'train', frames: int = 0
 ) -> UInt8[np.ndarray, 'b f h w 3']:
-  frames, size = frames or config.video.frames, config.video.height
-  return np.stack(
-    [clips.render(clips.describe(int(i), split, config.seed), frames, size) for i in index]
-  )
+  return clips.films(index, split, config.seed, frames or config.video.frames, config.video.height)
 
 
 def _given_frames(config: ConfigDict, rec: Recipe, split: str = 'seen') -> Callable:
@@ -307,7 +307,7 @@ def student_of(checkpoint: str, rec: Recipe) -> PyTree:
   try:
     convert.check(params, weights.shapes('dit', rec.model))
   except InputError as error:
-    raise InputError(f'--checkpoint={checkpoint} and --config do not fit: {error}') from error
+    raise InputError(f'--checkpoint={checkpoint} and --config do not fit: {error}') from None
   return params
 
 
@@ -316,17 +316,27 @@ def define_flags() -> None:
   flags.DEFINE_string(
     'checkpoint', None, 'Workdir or exported file of a student to put beside the shipped ones.'
   )
+  flags.DEFINE_string(
+    'diagnose',
+    None,
+    f'Instead of the table, look into --checkpoint: some of {",".join(diagnostics.NAMES)}.',
+  )
   flags.DEFINE_integer('clips', 64, 'Clips a row.', lower_bound=1)
   flags.DEFINE_enum(
     'split', 'seen', ['seen', 'unseen'], 'Held-out images in captions seen or not seen in training.'
   )
   flags.DEFINE_string(
-    'output', 'runs/evaluate', 'Folder for report.md, report.json and samples.png.'
+    'output',
+    'runs/evaluate',
+    'Folder for the report, or for NAME.json and NAME.png of a diagnostic.',
   )
 
 
 def program() -> None:
   args = flags.FLAGS
+  if args.diagnose is not None:
+    diagnose(args)
+    return
   rec = recipe.build(args.config)
   if args.config.size != 'nano' or args.config.stage not in FEW_STEP:
     raise InputError(
@@ -338,6 +348,43 @@ def program() -> None:
   rows = measure(args.config, rec, vae_params, rows, args.clips, args.split)
   captions = clips.captions(args.split, np.arange(args.clips), args.config.seed)
   write(args.output, rows, captions, args.config.evaluate.rows)
+
+
+def diagnose(args: flags.FlagValues) -> None:
+  """Looks into one student, with the config it was made with unless the command names another.
+
+  Raises:
+    InputError: an unknown diagnostic, no checkpoint, or one that does not fit.
+  """
+  asked = diagnostics.names(args.diagnose)
+  if not args.checkpoint:
+    raise InputError(
+      '--diagnose looks into one student: pass --checkpoint, the workdir of a run, an exported file, or '
+      'assets:nano_student.safetensors.'
+    )
+  config, rec, params = sample.load(args.checkpoint)
+  diagnostics.check(asked, rec)
+  if cli.config_is_given():
+    config, rec = args.config, _other_recipe(args, rec)
+    params = student_of(args.checkpoint, rec)
+  cli.check_folder('output', args.output)
+  clip_set = args.split, args.clips
+  subject = diagnostics.subject(config, rec, params, clip_set)
+  if set(asked) != {'defect'}:
+    subject = dataclasses.replace(subject, opinion=judge.train())
+  diagnostics.run(asked, subject, args.output)
+
+
+def _other_recipe(args: flags.FlagValues, own: Recipe) -> Recipe:
+  """The recipe of --config, which must be for the same kind of student."""
+  rec = recipe.build(args.config)
+  if rec.chunking is None or rec.chunking.causal != own.chunking.causal:
+    kind = 'causal' if own.chunking.causal else 'bidirectional'
+    raise InputError(
+      f'{args.checkpoint} is a {kind} student, which {args.config.name} does not describe: leave --config out, or '
+      'pass the one it was trained with.'
+    )
+  return rec
 
 
 if __name__ == '__main__':

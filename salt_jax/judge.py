@@ -119,6 +119,20 @@ def _travel(path: Track) -> float:
   return float(steps[path.there[1:] & path.there[:-1]].sum())
 
 
+def travel(videos: UInt8[np.ndarray, 'b f h w 3'], captions: list[str]) -> Float[np.ndarray, 'b']:
+  """The figure `travel` of `judge`, which needs no class network.
+
+  Raises:
+    InputError: a caption is not of the nano world.
+  """
+  looks = videos[:, _looked_at(videos.shape[1])]
+  lengths = [
+    np.mean([_travel(track(video, phrase.colour)) for phrase in clips.parse(caption)])
+    for video, caption in zip(looks, captions, strict=True)
+  ]
+  return np.array(lengths, np.float32)
+
+
 def _stray(video: UInt8[np.ndarray, 'f h w 3'], tracks: Mapping[str, Track], colours) -> float:
   """Share of the light that is in none of the captioned colours; 1 of a dark clip."""
   light = video.max(-1).astype(np.float64)

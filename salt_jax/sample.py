@@ -6,6 +6,7 @@ A checkpoint is the workdir of a run, or a file that a run exported; either know
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jaxtyping import Array, Float, PyTree, UInt8
+from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 from ml_collections import ConfigDict
 
 from salt_jax import checkpoint, cli, precompute, recipe, stages, video, weights
@@ -35,7 +36,8 @@ log = logging.getLogger('salt_jax.sample')
 Sampler = Callable[..., Float[Array, 'b f h w c']]
 
 
-def _keys(rec: Recipe, index):
+def keys(rec: Recipe, index: Int[Array, 'b']) -> Key[Array, 'b']:
+  """Keys of the noise of some clips: what every sampler of the student and the teacher starts from."""
   return flow.example_keys(jax.random.key(rec.seed + 1), index)
 
 
@@ -59,7 +61,7 @@ def student(rec: Recipe, frozen: PyTree) -> Callable[[PyTree, int], Sampler]:
   def run(params, frozen, sigmas, exit_step, batch):
     plan = rollout.student_plan(rec.chunking, sigmas, exit_step)
     text, _ = _prompts(frozen, batch, rec)
-    return rollout.rollout(wan.bind(rec.model), params, _keys(rec, batch[2]), text, plan).x0
+    return rollout.rollout(wan.bind(rec.model), params, keys(rec, batch[2]), text, plan).x0
 
   def with_steps(params, steps):
     sigmas = flow.padded_sigmas(steps, rec.schedule.shift, MAX_STEPS + 1)
@@ -79,7 +81,7 @@ def teacher(
     @jax.jit
     def run(params, frozen, batch):
       texts = _prompts(frozen, batch, rec)
-      noise = flow.frame_noise(_keys(rec, batch[2]), jnp.arange(shape[0]), 0, tuple(shape[1:]))
+      noise = flow.frame_noise(keys(rec, batch[2]), jnp.arange(shape[0]), 0, tuple(shape[1:]))
       return solvers.euler_sample(wan.bind(cfg), params, noise, texts, sigmas, guidance)
 
     return lambda *batch: run(params, frozen, batch)
@@ -112,10 +114,10 @@ def autoregressive(
   def with_steps(params, steps):
     @jax.jit
     def run(params, frozen, batch):
-      keys = jnp.concatenate([_keys(rec, batch[2])] * 2)
+      both = jnp.concatenate([keys(rec, batch[2])] * 2)
       plan = recipe.full_plan(rec, steps)
       texts = flow.paired(*_prompts(frozen, batch, rec))
-      return rollout.rollout(guided, params, keys, texts, plan).x0[: len(batch[0])]
+      return rollout.rollout(guided, params, both, texts, plan).x0[: len(batch[0])]
 
     return lambda *batch: run(params, frozen, batch)
 
@@ -128,6 +130,19 @@ def decoder(
   """Latents to uint8 video, one clip at a time on the device, quantised there."""
   run = jax.jit(lambda p, z: to_bytes(vae.decode(p, z, rec.vae)))
   return lambda latents: np.concatenate([np.asarray(run(params, z[None])) for z in latents])
+
+
+@functools.partial(jax.jit, static_argnames=('cfg', 'first'))
+def show(
+  params: PyTree,
+  latents: Float[Array, 'b f h w c'],
+  features: PyTree,
+  cfg: vae.VAEConfig,
+  first: bool,
+) -> tuple[UInt8[Array, 'b t h w 3'], PyTree]:
+  """The next part of a video in uint8, and what the decoder carries on; arguments as `vae.decode_chunk`."""
+  pixels, features = vae.decode_chunk(params, latents, features, cfg, first)
+  return to_bytes(pixels), features
 
 
 def stream(
@@ -147,18 +162,13 @@ def stream(
   @jax.jit
   def generate(params, text, index, cache, start):
     x0, _, cache = rollout.denoise_chunk(
-      wan.bind(rec.model), params, _keys(rec, index), text, plan, (cache, start)
+      wan.bind(rec.model), params, keys(rec, index), text, plan, (cache, start)
     )
     return x0, cache
 
-  def show(params, x0, features, first):
-    pixels, features = vae.decode_chunk(params, x0, features, rec.vae, first)
-    return to_bytes(pixels), features
-
-  show = jax.jit(show, static_argnums=3)
   for start in range(0, chunking.frames, chunking.chunk):
     x0, cache = generate(params, text, index, cache, np.int32(start))
-    pixels, features = show(vae_params, x0, features, start == 0)
+    pixels, features = show(vae_params, x0, features, rec.vae, start == 0)
     yield np.asarray(pixels)
 
 
@@ -178,6 +188,8 @@ def load(path: str) -> tuple[ConfigDict, Recipe, PyTree]:
     )
     return config, rec, checkpoint.restore_ema(os.path.join(path, 'checkpoints'), like)['generator']
   config = weights.config_of(weights.resolve(path))
+  if path.startswith('assets:'):
+    config.weights.update(weights.shipped(config.weights))
   rec = _student_recipe(config, path)
   return config, rec, weights.load(path, 'dit', rec.model)
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from salt_jax import evaluate, sharding, stages, weights
+from salt_jax import evaluate, monitor, sharding, stages, weights
 from salt_jax import recipe as recipes
 from salt_jax import state as states
 from salt_jax.checkpoint import Checkpoints, check_config, config_digest, write_config
@@ -54,6 +54,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, int]:
   check_config(workdir, config, FREE)
   stage = stages.build(config, rec, workdir)
   evaluate.check(config, rec)
+  watch = monitor.watcher(config, rec, sharding.replicated(mesh))
 
   shapes = states.shapes_of(stage.shapes, rec.optimizers, stage.averaged)
   like, placed = states.with_shardings(shapes, mesh, config)
@@ -102,6 +103,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, int]:
           batch = _to_devices(next(feeds[spec.name]), mesh)
           state, metrics = jitted[spec.name](state, frozen, batch, np.int32(n))
           scalars |= {f'{spec.name}/{k}': v for k, v in metrics.items()}
+      scalars |= watch(state.ema, frozen, n + 1)
       # The scalars of the step before are read only now, so the host never holds up the device.
       flush()
       waiting = (n + 1, scalars)

@@ -33,8 +33,8 @@ def _durations(frames: int, fps: float, tick: int) -> list[int]:
   return np.diff(ends).tolist()
 
 
-def _save(path: str, image: Image.Image, **options) -> None:
-  """Writes beside the target and moves it there, so that no reader sees half a file."""
+def save(path: str, image: Image.Image, **options) -> None:
+  """Writes an image beside the target and moves it there, so that no reader sees half a file."""
   os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
   temporary = f'{path}.{os.getpid()}.tmp'
   image.save(temporary, **options)
@@ -46,7 +46,7 @@ def write_webp(
 ) -> None:
   """Writes an endless animated WebP (lossy, quality 90)."""
   first, *rest = _images(video, upscale)
-  _save(
+  save(
     path,
     first,
     format='WEBP',
@@ -64,7 +64,7 @@ def write_gif(
 ) -> None:
   """Writes an endless GIF; its clock ticks in hundredths of a second."""
   first, *rest = _images(video, upscale)
-  _save(
+  save(
     path,
     first,
     format='GIF',
@@ -156,12 +156,12 @@ def contact_sheet(path: str, rows: Sequence[Row], frames: int = 9, upscale: int 
       sheet.paste(line, (0, top))
       top += line.height + GAP
     top += BLOCK_GAP
-  _save(path, sheet, format='PNG')
+  save(path, sheet, format='PNG')
 
 
 def write_strip(path: str, video: UInt8[np.ndarray, 'f h w 3'], frames: int = 9) -> None:
   """Writes frames of one video side by side as a PNG."""
-  _save(path, _strip(video, frames, 1), format='PNG')
+  save(path, _strip(video, frames, 1), format='PNG')
 
 
 def write(path: str, video: UInt8[np.ndarray, 'f h w 3'], fps: float = 16) -> None:

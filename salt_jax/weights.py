@@ -3,7 +3,7 @@
 import importlib.resources
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
@@ -22,6 +22,15 @@ def resolve(path: str) -> str:
   if path.startswith('assets:'):
     return str(importlib.resources.files('salt_jax') / 'assets' / path.removeprefix('assets:'))
   return path
+
+
+def shipped(names: Iterable[str]) -> dict[str, str]:
+  """Those of the named networks that ship with the package.
+
+  A shipped student belongs to them, whereas its config names files of the machine that made it.
+  """
+  paths = {name: f'assets:nano_{name}.safetensors' for name in names}
+  return {name: path for name, path in paths.items() if os.path.isfile(resolve(path))}
 
 
 def require(config: ConfigDict, names: Sequence[str]) -> None:

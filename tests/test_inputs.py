@@ -132,6 +132,8 @@ WRONG_COMMANDS = {
       'pretrain-teacher cannot be judged: pass --config=configs/selfforcing.py:nano.',
     ),
     (['--output=LICENSE/out'], '--output: nothing can be written to LICENSE/out'),
+    (['--diagnose=defect'], '--diagnose looks into one student: pass --checkpoint, the workdir of a run'),
+    (['--diagnose=defects'], '--diagnose: "defects" is unknown; choose from defect, cache, swap, drift.'),
     (['--config.weights.text=nowhere', '--output={tmp}'], 'not there: nowhere (weights.text)'),
   ),
 }
@@ -294,6 +296,9 @@ def test_the_configs_that_ship_are_accepted():
     ('selfforcing', {'evaluate.steps': (4, 9)}, 'evaluate.steps=(4, 9) must not exceed 8.'),
     ('selfforcing', {'export_dtype': 'float8'}, 'export_dtype=float8 is unknown: choose one of float32, '),
     ('selfforcing', {'log.every': 0}, 'log.every=0 must be positive.'),
+    ('selfforcing', {'log.samples': 0}, 'log.samples=0 must be positive.'),
+    ('selfforcing', {'log.samples_every': -1}, 'log.samples_every=-1 must be zero or positive.'),
+    ('vae', {'log.samples_every': 9}, 'the stage "vae" does not train: set it to 0.'),
     ('selfforcing', {'generator_every': 0}, 'generator_every=0 must be positive.'),
     ('selfforcing', {'dmd.t_min': 990.0}, 'dmd.t_min=990.0 must be below dmd.t_max=980.0'),
     ('selfforcing', {'ema.decay': 1.5}, 'ema.decay=1.5 must be between 0 and 1.'),

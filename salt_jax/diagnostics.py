@@ -1,0 +1,422 @@
+"""Whether Salt works: what a student does against its own consistency, its cache, and the length of a clip.
+
+  python -m salt_jax.evaluate --diagnose=defect,cache,swap,drift --checkpoint=RUN --clips=16 --output=FOLDER
+
+defect  how far one long step is from two short ones, over all time triples (salt_method.md 2.3, 5.5)
+cache   chunks sampled with K steps behind a history that was made with K' (salt_method.md 3.1)
+swap    chunks sampled behind real clips, against behind the student's own
+drift   quality and motion over the clip, at the trained length and beyond
+
+Every student is asked for the same step counts and triples, whatever it was trained on, so that students compare.
+Captions are held out, and noise belongs to the clip, so two students see the same noise.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from einops import rearrange, reduce
+from jaxtyping import Array, Float, Key, PyTree, UInt8
+from ml_collections import ConfigDict
+
+from salt_jax import charts, clips, judge, monitor, recipe, sample, stages
+from salt_jax.checks import MAX_STEPS
+from salt_jax.diffusion import flow, probes, rollout
+from salt_jax.diffusion.rollout import Plan, Rollout
+from salt_jax.errors import InputError
+from salt_jax.losses.consistency import defect as normalised_defect
+from salt_jax.models import vae, wan
+from salt_jax.models.cache import KVCache
+from salt_jax.models.prompt import Prompt
+from salt_jax.recipe import TIME, Recipe
+from salt_jax.step import encode, to_unit
+
+log = logging.getLogger('salt_jax.diagnostics')
+
+NAMES = ('defect', 'cache', 'swap', 'drift')
+GRID = 8  # Steps of the grid that triples lie on.
+STEPS = (2, 4, 8)
+LENGTHS = (1, 4, 16)  # Times the trained length.
+LEAST = 3  # Latent frames of a window: fewer hold no motion to measure.
+FIGURES = ('colour', 'class', 'drift', 'travel_per_second', 'brightness', 'saturation')
+_FEWEST = 2  # Clips at the longest length, if there are as many.
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+  """A student and the held-out clips it is asked for.
+
+  Attributes:
+    config: seed, video and rollout.
+    rec: the same, built.
+    apply: the student, as rollouts take it.
+    params: its parameters.
+    frozen: text encoder and VAE.
+    opinion: of `judge.train`; None where nothing is judged.
+    split: of the clips.
+    captions: one a clip.
+    batch: their ids and mask, and the index of the clips.
+    keys: of the noise.
+    text: encoder rows.
+    decode: latents to uint8 video.
+  """
+
+  config: ConfigDict
+  rec: Recipe
+  apply: Callable
+  params: PyTree
+  frozen: PyTree
+  opinion: Any
+  split: str
+  captions: list[str]
+  batch: tuple
+  keys: Key[Array, 'b']
+  text: Float[Array, 'b n d']
+  decode: Callable
+
+  @property
+  def chunk(self) -> int:
+    return self.rec.chunking.chunk
+
+  def plan(self, steps: int, exit_step: int | None = None) -> Plan:
+    """A rollout on the grid of `steps`, to its end or to an exit; all of them share one program."""
+    sigmas = flow.padded_sigmas(steps, self.rec.schedule.shift, MAX_STEPS + 1)
+    return rollout.student_plan(
+      self.rec.chunking, sigmas, steps - 1 if exit_step is None else exit_step
+    )
+
+  def roll(self, plan: Plan) -> Rollout:
+    return _roll(self.apply, self.params, self.keys, self.text, plan)
+
+
+def subject(
+  config: ConfigDict, rec: Recipe, params: PyTree, clip_set: tuple[str, int], opinion: Any = None
+) -> Subject:
+  """Puts a student and its captions together.
+
+  Args:
+    config: of the student.
+    rec: the same, built.
+    params: of the student.
+    clip_set: (split, number of clips).
+    opinion: of `judge.train`.
+
+  Raises:
+    InputError: text encoder or VAE are not there.
+  """
+  split, count = clip_set
+  index = np.arange(count, dtype=np.int32)
+  frozen = stages.serving(config, rec, 'text', 'vae')
+  captions = clips.captions(split, index, config.seed)
+  ids, mask = stages.tokenizer(config, rec)(captions)
+  return Subject(
+    config=config,
+    rec=rec,
+    apply=wan.bind(rec.model),
+    params=params,
+    frozen=frozen,
+    opinion=opinion,
+    split=split,
+    captions=captions,
+    batch=(ids, mask, index),
+    keys=sample.keys(rec, index),
+    text=jax.jit(lambda f, i, m: Prompt(encode(f, i, m, rec)))(frozen, ids, mask),
+    decode=sample.decoder(rec, frozen['vae']),
+  )
+
+
+def names(text: str) -> tuple[str, ...]:
+  """Reads a comma list of diagnostics.
+
+  Raises:
+    InputError: one is unknown, or there is none.
+  """
+  found = tuple(dict.fromkeys(word.strip() for word in text.split(',') if word.strip()))
+  for word in found or (text,):
+    if word not in NAMES:
+      raise InputError(f'--diagnose: "{word}" is unknown; choose from {", ".join(NAMES)}.')
+  return found
+
+
+def check(asked: Sequence[str], rec: Recipe) -> None:
+  """Refuses what a student does not have.
+
+  Raises:
+    InputError: a bidirectional student, which has no cache, is asked about it.
+  """
+  if rec.model.frame_channels:
+    raise InputError(
+      f'--diagnose={",".join(asked)} is for students of captions alone: this one is given first frames.'
+    )
+  without = [name for name in asked if name != 'defect']
+  if without and not rec.chunking.causal:
+    raise InputError(
+      f'--diagnose={",".join(without)} needs chunks and a cache, but this student is bidirectional: '
+      'ask for --diagnose=defect.'
+    )
+
+
+_roll = jax.jit(rollout.rollout, static_argnums=0)
+_behind = jax.jit(probes.chunks_behind, static_argnums=0)
+_commit = jax.jit(probes.commit, static_argnums=(0, 5))
+
+
+# Defect.
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def defects(
+  apply: Callable,
+  params: PyTree,
+  text: Float[Array, 'b n d'],
+  rolled: Rollout,
+  levels: tuple,
+  chunk: int,
+) -> tuple[Float[Array, 'b'], Float[Array, 'b n']]:
+  """The normalised defect of each clip, and of each chunk of it; arguments as for `probes.two_ways`."""
+  ways = probes.two_ways(apply, params, text, rolled, levels, chunk)
+  parts = (rearrange(y, 'b (n f) h w c -> (b n) f h w c', f=chunk) for y in ways)
+  by_chunk = rearrange(normalised_defect(*parts), '(b n) -> b n', b=rolled.trace.x.shape[0])
+  return normalised_defect(*ways), by_chunk
+
+
+def defect(subject: Subject) -> dict:
+  """The semigroup defect on the student's own x_s: rollouts of eight steps with the exit at s."""
+  levels = np.float32(flow.few_step_sigmas(GRID, subject.rec.schedule.shift))
+  rows, clip_values = [], []
+  for start, group in itertools.groupby(probes.triples(GRID), lambda triple: triple[0]):
+    rolled = subject.roll(subject.plan(GRID, start))
+    for triple in group:
+      sigmas = tuple(levels[i] for i in triple)
+      found = defects(subject.apply, subject.params, subject.text, rolled, sigmas, subject.chunk)
+      whole, by_chunk = (np.asarray(x, np.float64) for x in found)
+      clip_values.append(whole)
+      rows.append(
+        {
+          'labels': [1000 - 1000 * i / GRID for i in triple],
+          'sigmas': [float(sigma) for sigma in sigmas],
+          'defect': float(whole.mean()),
+          'squared': float(np.square(whole).mean()),
+          'by_chunk': by_chunk.mean(0).tolist(),
+        }
+      )
+  values = np.stack(clip_values, -1)
+  trained = np.array([row['sigmas'][0] < 1 for row in rows])
+  return {
+    'clips': len(values),
+    'defect': _interval(values.mean(-1)),
+    'squared': _interval(np.square(values).mean(-1)),
+    # Pure noise has no weight in training.
+    'defect_below_noise': _interval(values[:, trained].mean(-1)),
+    'by_chunk': np.mean([row['by_chunk'] for row in rows], 0).tolist(),
+    'triples': rows,
+  }
+
+
+def _interval(values: Float[np.ndarray, 'b']) -> list[float]:
+  """[mean, low, high], 95 % over the clips."""
+  return list(judge.summary({'value': values})['value'])
+
+
+# Cache.
+
+
+def _sampled(subject: Subject, steps: int, history: KVCache) -> Float[Array, 'b f h w c']:
+  plan = subject.plan(steps)
+  return _behind(subject.apply, subject.params, subject.keys, subject.text, plan, history)
+
+
+def cache(subject: Subject) -> dict:
+  """Each number of steps behind a history of each number of steps; equal numbers are plain generation."""
+  histories = {k: subject.roll(subject.plan(k)).cache for k in STEPS}
+  made = {
+    pair: _sampled(subject, pair[1], histories[pair[0]]) for pair in itertools.product(STEPS, STEPS)
+  }
+  pairs = []
+  for (history, steps), x0 in made.items():
+    gap = np.square(np.asarray(x0) - np.asarray(made[steps, steps]))
+    figures = judge.judge(subject.opinion, subject.decode(x0), subject.captions)
+    pairs.append(
+      {
+        'history': history,
+        'steps': steps,
+        'figures': {name: _interval(values) for name, values in figures.items()},
+        'distance_by_chunk': reduce(gap, 'b (n f) h w c -> n', 'mean', f=subject.chunk).tolist(),
+      }
+    )
+  return {'clips': len(subject.captions), 'step_counts': list(STEPS), 'pairs': pairs}
+
+
+# Swap.
+
+
+def decode_behind(
+  subject: Subject, made: Float[Array, 'b f h w c'], past: Float[Array, 'b f h w c']
+) -> UInt8[np.ndarray, 'b t h w 3']:
+  """Decodes each chunk of `made` as the one that follows the chunks of `past` before it."""
+  params, cfg = subject.frozen['vae'], subject.rec.vae
+  features = vae.init_decode_cache(cfg, made.shape[0], *made.shape[2:4])
+  parts = []
+  for start in range(0, made.shape[1], subject.chunk):
+    part = slice(start, start + subject.chunk)
+    parts.append(np.asarray(sample.show(params, made[:, part], features, cfg, start == 0)[0]))
+    features = sample.show(params, past[:, part], features, cfg, start == 0)[1]
+  return np.concatenate(parts, 1)
+
+
+def real_latents(subject: Subject) -> Float[np.ndarray, 'b f h w c']:
+  """The VAE's latents of the clips that the captions describe."""
+  video, index = subject.config.video, subject.batch[2]
+  films = clips.films(index, subject.split, subject.config.seed, video.frames, video.height)
+  run = jax.jit(lambda params, x: vae.encode(params, to_unit(x), subject.rec.vae))
+  return np.concatenate([run(subject.frozen['vae'], film[None]) for film in films])
+
+
+def swap(subject: Subject) -> dict:
+  """Sampling behind the student's own cache and behind that of real clips, judged chunk by chunk.
+
+  A chunk behind a real past is also decoded behind it, as it would follow there.
+  """
+  real = real_latents(subject)
+  model = subject.apply, subject.params, subject.keys, subject.text
+  history = _commit(*model, real, subject.rec.chunking)
+  spans = windows(subject.rec.chunking.frames, subject.chunk)
+  rows = [_swap_row(subject, spans, 'clips themselves', None, subject.decode(real))]
+  for steps in STEPS:
+    own = subject.decode(subject.roll(subject.plan(steps)).x0)
+    rows.append(_swap_row(subject, spans, 'own', steps, own))
+    made = decode_behind(subject, _sampled(subject, steps, history), real)
+    rows.append(_swap_row(subject, spans, 'real', steps, made))
+  return {
+    'clips': len(subject.captions),
+    'split': subject.split,
+    'windows': spans,
+    'rows': rows,
+  }
+
+
+def _swap_row(subject: Subject, spans, kind: str, steps: int | None, videos) -> dict:
+  fps = subject.config.video.fps
+  figures = judged_windows(subject.opinion, videos, subject.captions, spans, fps)
+  return {'cache': kind, 'steps': steps, 'figures': _means(figures)}
+
+
+# Drift.
+
+
+def windows(frames: int, chunk: int) -> list[tuple[int, int]]:
+  """Pixel frames [first, behind the last] of each window: whole chunks that make at least `LEAST` latent frames.
+
+  What is left at the end belongs to the last window. Latent frame 0 is one pixel frame, each other one four.
+  """
+  length = chunk * -(-LEAST // chunk)
+  starts = list(range(0, max(frames - length, 0) + 1, length))
+  edges = [*starts, frames]
+  return [(max(0, TIME * a - TIME + 1), TIME * b - TIME + 1) for a, b in itertools.pairwise(edges)]
+
+
+def judged_windows(
+  opinion: Any,
+  videos: UInt8[np.ndarray, 'b t h w 3'],
+  captions: list[str],
+  spans: Sequence[tuple[int, int]],
+  fps: float,
+) -> dict[str, Float[np.ndarray, 'w b']]:
+  """Figures of each window of each clip.
+
+  The judge's direction is left out: it is that of the first leg, and behind it objects turn at the walls.
+
+  Args:
+    opinion: of `judge.train`.
+    videos: whole clips.
+    captions: one a clip.
+    spans: of `windows`.
+    fps: frames a second.
+  """
+  rows = {name: [] for name in FIGURES}
+  for first, behind in spans:
+    part = videos[:, first:behind]
+    found = judge.judge(opinion, part, captions)
+    looks = -(-(behind - first) // judge.STRIDE)
+    found['travel_per_second'] = found['travel'] * fps / ((looks - 1) * judge.STRIDE)
+    found['brightness'], found['saturation'] = monitor.brightness(part), monitor.saturation(part)
+    for name, values in rows.items():
+      values.append(found[name])
+  return {name: np.stack(values) for name, values in rows.items()}
+
+
+def _means(figures: dict[str, Float[np.ndarray, 'w b']], count: int | None = None) -> dict:
+  """Of each window over the first `count` clips."""
+  return {name: values[:, :count].mean(1).tolist() for name, values in figures.items()}
+
+
+def drift(subject: Subject) -> dict:
+  """Streams clips of the trained length and of longer ones: the longer, the fewer.
+
+  `common` are the figures over those clips that every length has, so that lengths compare.
+  """
+  steps = subject.config.evaluate.steps[0]
+  chunking, fewest = subject.rec.chunking, _clips_at(subject, max(LENGTHS))
+  lengths = [_drift_of(subject, times, steps, fewest) for times in LENGTHS]
+  return {
+    'steps': steps,
+    'cache': {'window': chunking.window, 'sink': chunking.sink},
+    'common_clips': fewest,
+    'note': 'direction is judged on the first frames alone: later, objects turn at the walls',
+    'lengths': lengths,
+  }
+
+
+def _clips_at(subject: Subject, times: int) -> int:
+  count = len(subject.captions)
+  return max(min(_FEWEST, count), count // times)
+
+
+def _drift_of(subject: Subject, times: int, steps: int, common: int) -> dict:
+  frames = times * subject.rec.chunking.frames
+  rec = dataclasses.replace(subject.rec, chunking=recipe.chunking(subject.config, frames))
+  count = _clips_at(subject, times)
+  batch = tuple(x[:count] for x in subject.batch)
+  parts = sample.stream(rec, subject.params, subject.frozen, subject.frozen['vae'], batch, steps)
+  videos, captions = np.concatenate(list(parts), 1), subject.captions[:count]
+  spans = windows(frames, subject.chunk)
+  fps = subject.config.video.fps
+  figures = judged_windows(subject.opinion, videos, captions, spans, fps)
+  start = judge.judge(subject.opinion, videos[:, : judge.FIRST_FRAMES + 1], captions)
+  log.info('drift: %d clips of %d frames', count, videos.shape[1])
+  return {
+    'times': times,
+    'latent_frames': frames,
+    'clips': count,
+    'windows': spans,
+    'direction': float(start['direction'].mean()),
+    'figures': _means(figures),
+    'common': _means(figures, common),
+  }
+
+
+def run(asked: Sequence[str], subject: Subject, folder: str) -> dict[str, dict]:
+  """Makes `NAME.json` and `NAME.png` of each diagnostic in a folder, and returns the numbers."""
+  makers = {
+    'defect': (defect, charts.defect),
+    'cache': (cache, charts.cache),
+    'swap': (swap, charts.swap),
+    'drift': (drift, charts.drift),
+  }
+  os.makedirs(folder, exist_ok=True)
+  results = {}
+  for name in asked:
+    measure, draw = makers[name]
+    results[name] = measure(subject)
+    with open(os.path.join(folder, f'{name}.json'), 'w', encoding='utf-8') as file:
+      json.dump(results[name], file, indent=1)
+    charts.write(os.path.join(folder, f'{name}.png'), draw(results[name]))
+    log.info('wrote %s.json and %s.png to %s', name, name, folder)
+  return results
