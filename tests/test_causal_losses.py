@@ -25,7 +25,7 @@ class Linear:
     self.seen = [np.asarray(y, np.float64) for y in (x, t, text, clean, clean_t)]
     a, b, c, d = self.factors
     per_frame = (b * t + d * clean_t) / 1000
-    row = text.mean(axis=(1, 2))[:, None, None, None, None]
+    row = 40 * text.mean(axis=(1, 2))[:, None, None, None, None]
     return a * x + c * clean + per_frame[..., None, None, None] + row
 
 
@@ -155,6 +155,8 @@ def test_causal_consistency_by_the_formula():
     assert not fn.seen[4].any(), 'all look back at the clean clip'
   c, u = (teacher(x, t, text, clean, clean_t) for text in (cond, uncond))
   lower = x + _wide(below - here) * (u + 3.0 * (c - u))
+  assert np.abs(c - u).max() > 0.5, 'the prompts make no difference here'
+  np.testing.assert_allclose(target.seen[0], lower, atol=2e-6)
   aim = lower - _wide(below) * target(lower, 1000 * below + 0 * t, cond, clean, clean_t)
   got = x - _wide(here) * student(x, t, cond, clean, clean_t)
   np.testing.assert_allclose(loss, np.square(got - aim).mean(axis=(1, 2, 3, 4)), rtol=1e-4)
