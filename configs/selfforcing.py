@@ -55,7 +55,7 @@ def get_config(arg=None):
     config.reference.start = 0
   config.generator_every = 2 if nano else 5  # critic updates per generator update
   config.optim = dict(
-    generator=base.adamw(2e-4 if nano else 2e-6, b1=0.0),
+    generator=base.adamw(5e-4 if nano else 2e-6, b1=0.0),
     critic=base.adamw(4e-4 if nano else 4e-7, b1=0.0),
   )
   config.ema = dict(

@@ -40,6 +40,7 @@ def get_config(folder):
   config = shrink(selfforcing.get_config('nano'), folder)
   config.total_steps = 6
   config.generator_every = 2
+  config.optim.generator.lr = 2e-4
   config.checkpoint.update(every=2, keep=4)
   return config
 
