@@ -232,7 +232,7 @@ def test_streaming_cache_holds_what_is_visible_and_gives_the_same_clip():
 
 @functools.partial(jax.jit, static_argnames=('unroll',))
 def _i2v(params, prompt, unroll):
-  plan = rollout.Plan(tiny.chunking(unroll=unroll), jnp.asarray(SIGMAS), jnp.int32(1))
+  plan = rollout.student_plan(tiny.chunking(unroll=unroll), jnp.asarray(SIGMAS), jnp.int32(1))
   return rollout.rollout(wan.bind(tiny.I2V), params, tiny.keys(), prompt, plan)
 
 
@@ -241,7 +241,9 @@ def test_every_chunk_takes_its_own_of_the_given_frames():
   params, prompt = tiny.params(0, tiny.I2V), tiny.prompt(tiny.I2V)
   one, other = (_i2v(params, prompt, unroll) for unroll in (True, False))
   np.testing.assert_allclose(one.x0, other.x0, atol=1e-4)
-  again = jax.jit(lambda p: rollout.exit_x0(wan.bind(tiny.I2V), p, prompt, one, tiny.CHUNK))(params)
+  ask = functools.partial(rollout.velocity, wan.bind(tiny.I2V))
+  v = jax.jit(lambda p: ask(p, one.trace, prompt, one.cache, tiny.CHUNK))(params)
+  again = flow.x0_from_velocity(one.trace.x, v, one.trace.sigma)
   np.testing.assert_allclose(again, one.x0, atol=1e-4)
   changed = prompt.replace(frames=prompt.frames.at[:, tiny.CHUNK].add(1.0))
   moved = np.abs(_i2v(params, changed, True).x0 - one.x0).max((0, 2, 3, 4)) > 1e-3
