@@ -23,6 +23,7 @@ from salt_jax.errors import InputError, NonFiniteError
 from tests import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[1]
+STUDENT = 'assets:nano_student.safetensors'
 NANO = '--config=configs/selfforcing.py:nano'
 
 
@@ -109,6 +110,25 @@ WRONG_COMMANDS = {
     (
       ['--checkpoint=x', '--prompt=a bag', '--output=LICENSE/o.png'],
       '--output: nothing can be written to LICENSE',
+    ),
+    (
+      ['--checkpoint=x', '--prompt=a bag', '--frames=42'],
+      '--frames and --switch_at need --stream, which goes on chunk by chunk.',
+    ),
+    (
+      ['--checkpoint=x', '--prompt=a bag', '--stream', '--switch_at=9'],
+      '1 prompts need 0 of --switch_at, not 1: one for each prompt but the first.',
+    ),
+    *(
+      ([f'--checkpoint={STUDENT}', '--stream', '--prompt=a bag', '--prompt=a boot', *flags], sentence)
+      for flags, sentence in (
+        (['--frames=43'], '--frames=43 does not divide into chunks of 3: choose 42.'),
+        (['--frames=0'], '--frames=0 does not divide into chunks of 3: choose 3.'),
+        (['--frames=6000'], '--frames=6000 exceeds the 4096 positions of RoPE.'),
+        (['--switch_at=19'], '--switch_at=19 is beyond the last chunk of 21 latent frames, which starts at 18:'),
+        (['--switch_at=0'], '--switch_at=0 must be behind frame 0, where the prompt before it begins.'),
+        (['--switch_at=4', '--prompt=a bag', '--switch_at=6'], '--switch_at=6 must be behind frame 6, where the'),
+      )
     ),
     (
       ['--checkpoint=nowhere', '--prompt=a bag'],
