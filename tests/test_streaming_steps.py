@@ -13,8 +13,8 @@ import pytest
 
 from configs import selfforcing
 from salt_jax import recipe as recipes
-from salt_jax import state as states
 from salt_jax import stages, step, stream_steps, train
+from salt_jax import state as states
 from salt_jax.diffusion import streaming
 from salt_jax.models import vae
 from tests import tiny_config

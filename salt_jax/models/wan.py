@@ -132,6 +132,14 @@ class Chunk:
   taps: tuple[int, ...] = struct.field(pytree_node=False, default=())
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Known:
+  """A position known when tracing, as the blocks get it: remat would make an array of a bare int."""
+
+  start: int
+
+
 @struct.dataclass
 class Features:
   """What a pass gives besides velocity: its own keys and values `[layer b f t n d]`, and tapped blocks `[b f t d]`."""
@@ -231,6 +239,7 @@ def _read(q, k, v, ctx, past, implementation):
 
 def _behind(cache: KVCache, past, start, count: int):
   """(keys, values, which of them count or None for all) that a chunk of `count` frames at `start` reads."""
+  start = start.start if isinstance(start, _Known) else start
   if isinstance(start, int):
     runs = visible_runs(cache, start, count)
 
@@ -362,6 +371,8 @@ class Wan(nn.Module):
   def _blocks(self, x, angles, time, rows, ctx):
     cfg = self.cfg
     cache = ctx.cache if isinstance(ctx, Chunk) else ctx.past
+    if isinstance(ctx.start, int):
+      ctx = ctx.replace(start=_Known(ctx.start))
     past = () if cache is None else (cache.k, cache.v)
     if not (isinstance(ctx, Clip) and ctx.live):
       past = jax.lax.stop_gradient(past)
