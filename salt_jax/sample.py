@@ -239,6 +239,8 @@ def lengthened(config: ConfigDict, rec: Recipe, frames: int | None) -> Recipe:
 def _check_switches(frames: list[int], rec: Recipe) -> None:
   """Every switch finds a chunk of its own to begin with."""
   chunking = rec.chunking
+  if frames and chunking.chunk >= chunking.frames:
+    raise InputError(f'--switch_at={frames[0]}: a clip of a single chunk cannot change its prompt.')
   starts = [-(-frame // chunking.chunk) * chunking.chunk for frame in frames]
   for frame, start, before in zip(frames, starts, [0, *starts], strict=False):
     if start >= chunking.frames:

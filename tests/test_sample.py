@@ -112,6 +112,8 @@ def test_students_that_cannot_go_on_are_refused_and_a_full_cache_says_its_size(w
   ):
     whole = dataclasses.replace(rec.chunking, chunk=6)
     sample.lengthened(config, dataclasses.replace(rec, chunking=whole), 9)
+  with pytest.raises(InputError, match='--switch_at=3: a clip of a single chunk cannot change'):
+    sample._check_switches([3], dataclasses.replace(rec, chunking=whole))
   assert sample.lengthened(config, rec, 900).chunking.window is None
   # Keys and values of 2 layers, 900 frames of 4 tokens, 32 numbers of 4 bytes: 1.76 MiB.
   assert 'keeps all 900 frames, 2 MiB a clip' in caplog.text
