@@ -14,6 +14,7 @@ from salt_jax import convert
 from salt_jax.diffusion.conditioning import FOLD
 from salt_jax.diffusion.flow import TRAIN_STEPS
 from salt_jax.errors import InputError
+from salt_jax.models import rope
 
 FEW_STEP = ('ode', 'causal_ode', 'causal_cd', 'selfforcing')  # stages that make a few-step student
 FORCED = ('ar', 'causal_ode', 'causal_cd')  # stages that train behind clean clips
@@ -44,6 +45,8 @@ _POSITIVE = (
   'latents.count',
   'latents.batch',
   'causal_consistency.steps',
+  'streaming.frames',
+  'streaming.new',
   'data.frames',
   'evaluate.rows',
   'evaluate.steps',
@@ -98,6 +101,8 @@ def check(config: ConfigDict) -> None:
     raise InputError(
       f'dmd.t_min={config.dmd.t_min} must be below dmd.t_max={config.dmd.t_max}, both between 0 and {TRAIN_STEPS}.'
     )
+  if 'streaming' in config:
+    _check_streaming(config)
   if 'losses' in config:
     _check_terms(config)
   if config.stage in FEW_STEP and max(_values(config, 'evaluate.steps')) > MAX_STEPS:
@@ -268,6 +273,38 @@ def _check_causal(config: ConfigDict) -> None:
   if 'pairs' in config and 'latents' in config and config.pairs.count > config.latents.count:
     raise InputError(
       f'pairs.count={config.pairs.count} must not exceed latents.count={config.latents.count}.'
+    )
+
+
+def _check_streaming(config: ConfigDict) -> None:
+  """Long videos: a cache that does not grow, clips that follow each other, and the one loss that knows masks."""
+  roll, new, frames = config.rollout, config.streaming.new, config.streaming.frames
+  if not 0 < roll.window <= roll.frames:
+    raise InputError(
+      f'rollout.window={roll.window} must be between 1 and rollout.frames={roll.frames} for streaming, which '
+      'recaches that many frames: choose backbone=longlive.'
+    )
+  if new >= roll.frames or new % roll.chunk:
+    raise InputError(
+      f'streaming.new={new} must be a multiple of rollout.chunk={roll.chunk} below rollout.frames={roll.frames}.'
+    )
+  if not roll.frames + new <= frames <= rope.MAX_FRAMES:
+    raise InputError(
+      f'streaming.frames={frames} must be at least rollout.frames + streaming.new = {roll.frames + new}, and at most '
+      f'the {rope.MAX_FRAMES} positions of RoPE.'
+    )
+  if config.streaming.causal and roll.window % roll.chunk:
+    raise InputError(
+      f'streaming.causal recaches whole chunks: make rollout.window={roll.window} a multiple of {roll.chunk}.'
+    )
+  for name in ('consistency', 'alignment'):
+    if config.losses[name]:
+      raise InputError(
+        f'losses.{name}={config.losses[name]} does not go with streaming, which trains with DMD alone: set it to 0.'
+      )
+  if config.model.in_channels > config.vae.z_dim:
+    raise InputError(
+      f'model.in_channels={config.model.in_channels}: streaming has no image-to-video form; give text alone.'
     )
 
 

@@ -171,6 +171,24 @@ def text_file(path: str, feed: Feed, tokenize: Tokenize) -> Iterator[Batch]:
   return _stream(feed, make)
 
 
+_NEXT = 1 << 16  # what the seed of the second prompts differs by
+
+
+def prompt_pairs(feed: Feed, make: Callable[[Feed], Iterator[Batch]]) -> Iterator[Batch]:
+  """Batches of prompts, each with a second prompt, drawn apart, that a video may change to.
+
+  Args:
+    feed: which part to read.
+    make: the batches of one prompt, such as `captions`.
+
+  Yields:
+    what `make` does, and next_ids int32 [b n], next_mask bool [b n].
+  """
+  others = make(dataclasses.replace(feed, seed=feed.seed + _NEXT))
+  for batch, other in zip(make(feed), others, strict=False):
+    yield batch | {'next_ids': other['ids'], 'next_mask': other['mask']}
+
+
 def store_batches(folder: str, feed: Feed, fields: tuple[str, ...] = ()) -> Iterator[Batch]:
   """Records of an array store, shuffled anew in every epoch.
 

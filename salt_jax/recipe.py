@@ -13,6 +13,7 @@ from salt_jax.checks import check, section
 from salt_jax.diffusion import draws, flow
 from salt_jax.diffusion.draws import ReferenceConfig, Schedule, TripleConfig
 from salt_jax.diffusion.rollout import Chunking, Plan, student_plan
+from salt_jax.diffusion.streaming import StreamingConfig
 from salt_jax.errors import InputError
 from salt_jax.losses.alignment import AlignmentConfig
 from salt_jax.losses.causal import CausalConsistencyConfig, ForcingConfig
@@ -43,6 +44,8 @@ class Recipe:
   chunking: Chunking | None = None
   schedule: Schedule | None = None
   losses: Mapping | None = None
+  generator_every: int | None = None
+  streaming: StreamingConfig | None = None
   dmd: DMDConfig | None = None
   consistency: ConsistencyConfig | None = None
   triples: TripleConfig | None = None
@@ -81,10 +84,14 @@ def build(config: ConfigDict) -> Recipe:
     fields['schedule'] = section(Schedule, config, 'schedule')
   if 'losses' in config:
     fields |= _terms(config)
-  for name, cls in (('forcing', ForcingConfig), ('causal_consistency', CausalConsistencyConfig)):
+  for name, cls in (
+    ('forcing', ForcingConfig),
+    ('causal_consistency', CausalConsistencyConfig),
+    ('streaming', StreamingConfig),
+  ):
     if name in config:
       fields[name] = section(cls, config, name)
-  for name in ('l1_weight', 'kl_weight', 'text_dropout', 'flow_shift'):
+  for name in ('generator_every', 'l1_weight', 'kl_weight', 'text_dropout', 'flow_shift'):
     if name in config:
       fields[name] = config[name]
   return Recipe(**fields)

@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from salt_jax import causal_steps, clips, data, precompute, step, weights
+from salt_jax import causal_steps, clips, data, precompute, step, stream_steps, weights
+from salt_jax.diffusion import streaming
 from salt_jax.errors import InputError
 from salt_jax.models import text, vae, wan
 from salt_jax.models.text import WordTokenizer
@@ -35,6 +36,7 @@ class Stage(NamedTuple):
     frozen: networks and ids that only serve, on the host.
     averaged: trained networks that have a moving average.
     steps: what one iteration does, in order.
+    stream: makes what steps carry on besides networks.
   """
 
   shapes: dict[str, PyTree]
@@ -42,6 +44,7 @@ class Stage(NamedTuple):
   frozen: dict[str, PyTree]
   averaged: tuple[str, ...]
   steps: tuple[StepSpec, ...]
+  stream: Callable[[], PyTree] = dict
 
 
 def tokenizer(config: ConfigDict, rec: Recipe) -> WordTokenizer:
@@ -175,16 +178,36 @@ def _selfforcing(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
       'critic': weights.load(config.weights[critic], 'dit', rec.model),
     }
 
-  feed = _prompts(config, rec, workdir)
-  return Stage(
-    shapes={'generator': shapes, 'critic': shapes},
-    start=start,
-    frozen=serving(config, rec, 'teacher', 'text'),
-    averaged=('generator',),
+  feed, stage = (
+    _prompts(config, rec, workdir),
+    Stage(
+      shapes={'generator': shapes, 'critic': shapes},
+      start=start,
+      frozen=serving(config, rec, 'teacher', 'text'),
+      averaged=('generator',),
+      steps=(),
+    ),
+  )
+  if rec.streaming is not None:
+    return _streamed(config, rec, stage, functools.partial(data.prompt_pairs, make=feed))
+  return stage._replace(
     steps=(
       StepSpec('generator', step.generator_step, config.generator_every, feed),
       StepSpec('critic', step.critic_step, 1, feed),
+    )
+  )
+
+
+def _streamed(config: ConfigDict, rec: Recipe, stage: Stage, feed: Callable) -> Stage:
+  """The stage along streams: a cache is carried, and the VAE makes boundary frames."""
+  if rec.streaming.boundary == 'reencoded':
+    stage = stage._replace(frozen=stage.frozen | serving(config, rec, 'vae'))
+  return stage._replace(
+    steps=(
+      StepSpec('generator', stream_steps.generator_step, config.generator_every, feed),
+      StepSpec('critic', stream_steps.critic_step, 1, feed),
     ),
+    stream=functools.partial(streaming.carry_nothing, rec.chunking, config.batch, rec.text_length),
   )
 
 

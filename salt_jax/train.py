@@ -56,7 +56,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, int]:
   evaluate.check(config, rec)
   watch = monitor.watcher(config, rec, sharding.replicated(mesh))
 
-  shapes = states.shapes_of(stage.shapes, rec.optimizers, stage.averaged)
+  shapes = states.shapes_of(stage.shapes, rec.optimizers, stage.averaged, stage.stream)
   like, placed = states.with_shardings(shapes, mesh, config)
   checkpoints = Checkpoints(
     os.path.join(workdir, 'checkpoints'), config.checkpoint.every, config.checkpoint.keep
@@ -69,7 +69,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, int]:
   state = (
     _restore(checkpoints, start, like)
     if start
-    else states.create(stage.start(), rec.optimizers, stage.averaged, placed)
+    else states.create(stage.start(), rec.optimizers, stage.averaged, placed, stage.stream)
   )
   _, frozen_placed = states.with_shardings(stage.frozen, mesh, config)
   frozen = states.place(stage.frozen, frozen_placed)

@@ -23,6 +23,7 @@ from salt_jax.errors import InputError, NonFiniteError
 from tests import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[1]
+STUDENT = 'assets:nano_student.safetensors'
 NANO = '--config=configs/selfforcing.py:nano'
 
 
@@ -109,6 +110,25 @@ WRONG_COMMANDS = {
     (
       ['--checkpoint=x', '--prompt=a bag', '--output=LICENSE/o.png'],
       '--output: nothing can be written to LICENSE',
+    ),
+    (
+      ['--checkpoint=x', '--prompt=a bag', '--frames=42'],
+      '--frames and --switch_at need --stream, which goes on chunk by chunk.',
+    ),
+    (
+      ['--checkpoint=x', '--prompt=a bag', '--stream', '--switch_at=9'],
+      '1 prompts need 0 of --switch_at, not 1: one for each prompt but the first.',
+    ),
+    *(
+      ([f'--checkpoint={STUDENT}', '--stream', '--prompt=a bag', '--prompt=a boot', *flags], sentence)
+      for flags, sentence in (
+        (['--frames=43'], '--frames=43 does not divide into chunks of 3: choose 42.'),
+        (['--frames=0'], '--frames=0 does not divide into chunks of 3: choose 3.'),
+        (['--frames=6000'], '--frames=6000 exceeds the 4096 positions of RoPE.'),
+        (['--switch_at=19'], '--switch_at=19 is beyond the last chunk of 21 latent frames, which starts at 18:'),
+        (['--switch_at=0'], '--switch_at=0 must be behind frame 0, where the prompt before it begins.'),
+        (['--switch_at=4', '--prompt=a bag', '--switch_at=6'], '--switch_at=6 must be behind frame 6, where the'),
+      )
     ),
     (
       ['--checkpoint=nowhere', '--prompt=a bag'],
@@ -225,6 +245,8 @@ def test_arguments_of_configs_are_typed(arg, sentence):
 I2V = {'model.in_channels': 36, 'teacher.in_channels': 36}
 NO_TERMS = {'losses.dmd': 0.0, 'losses.consistency': 0.0, 'losses.alignment': 0.0}
 STAGES = {
+  'streaming': lambda: selfforcing.get_config('nano,backbone=longlive,streaming'),
+  'streaming_i2v': lambda: selfforcing.get_config('nano,backbone=longlive,streaming,i2v'),
   'selfforcing': lambda: selfforcing.get_config('nano'),
   'ode': lambda: causal_init.get_config('nano'),
   'ar': lambda: causal_init.get_config('nano,stage=ar'),
@@ -236,6 +258,13 @@ STAGES = {
 }
 
 
+@pytest.mark.parametrize('method', ['salt', 'sc', 'mixed_sc'])
+def test_streaming_is_for_methods_without_the_terms_of_whole_clips(method):
+  with pytest.raises(InputError, match=f'method={method} is not one of dmd, mixed.'):
+    selfforcing.get_config(f'nano,backbone=longlive,streaming,method={method}')
+  selfforcing.get_config('nano,backbone=longlive,mixed,streaming')
+
+
 def test_image_to_video_is_for_teachers_of_sizes_that_have_it():
   with pytest.raises(InputError, match='i2v is for the teacher: the VAE serves both.'):
     pretrain.get_config('vae,i2v')
@@ -244,8 +273,12 @@ def test_image_to_video_is_for_teachers_of_sizes_that_have_it():
 
 
 def test_the_configs_that_ship_are_accepted():
-  for make in STAGES.values():
-    recipe.build(make())
+  for stage, make in STAGES.items():
+    if stage != 'streaming_i2v':
+      recipe.build(make())
+  for word in ('', ',streaming'):
+    recipe.build(selfforcing.get_config(f'nano,chunk=1,backbone=longlive{word}'))
+  assert recipe.build(selfforcing.get_config('nano,chunk=1')).chunking.chunk == 1
   for size in ('1.3b', '14b'):
     recipe.build(selfforcing.get_config(size))
     for stage in causal_init.STAGES:
@@ -304,6 +337,18 @@ def test_the_configs_that_ship_are_accepted():
     ('selfforcing', {'ema.decay': 1.5}, 'ema.decay=1.5 must be between 0 and 1.'),
     ('selfforcing', {'optim.critic.clip': 0.0}, 'clip=0.0: the largest gradient norm must be positive.'),
     ('selfforcing', {'optim.critic.schedule': 'step'}, "schedule 'step' is unknown; use 'constant' or 'cosine'."),
+    ('streaming', {'rollout.window': 0}, 'rollout.window=0 must be between 1 and rollout.frames=21 for streaming'),
+    ('streaming', {'rollout.window': 24}, 'which recaches that many frames: choose backbone=longlive.'),
+    ('streaming', {'streaming.new': 17}, 'streaming.new=17 must be a multiple of rollout.chunk=3 below rollout.frames'),
+    ('streaming', {'streaming.new': 21}, 'streaming.new=21 must be a multiple of rollout.chunk=3 below rollout.frames'),
+    ('streaming', {'streaming.new': 0}, 'streaming.new=0 must be positive.'),
+    ('streaming', {'streaming.frames': 38}, 'streaming.frames=38 must be at least rollout.frames + streaming.new = 39'),
+    ('streaming', {'streaming.frames': 5000}, 'streaming.frames=5000 must be at least rollout.frames + streaming.new'),
+    ('streaming', {'streaming.boundary': 'x'}, 'streaming.boundary=x is unknown: choose one of reencoded, latent.'),
+    ('streaming', {'streaming.causal': True, 'rollout.window': 10}, 'make rollout.window=10 a multiple of 3.'),
+    ('streaming', {'losses.consistency': 0.2}, 'losses.consistency=0.2 does not go with streaming, which trains with'),
+    ('streaming', {'losses.alignment': 0.1}, 'losses.alignment=0.1 does not go with streaming, which trains with DMD'),
+    ('streaming_i2v', {}, 'model.in_channels=36: streaming has no image-to-video form; give text alone.'),
     ('ode', {'pairs.steps': 50}, "pairs.steps=50 must be a multiple of the student's 4 steps."),
     ('ode', {'pairs.count': 100}, 'pairs.count=100 must be a multiple of pairs.batch=64.'),
     ('ar', {'forcing.context': 'noise'}, 'forcing.context=noise is unknown: choose one of teacher, diffusion.'),

@@ -1,6 +1,7 @@
 """A config file that trains tiny networks on 21 frames of 32x32 pixels; the argument is the folder of their weights.
 
 python -m salt_jax.main --config=tests/tiny_config.py:FOLDER
+python -m salt_jax.main --config=tests/tiny_config.py:FOLDER,streaming
 """
 
 import os
@@ -37,6 +38,9 @@ def shrink(config, folder):
 
 
 def get_config(folder):
+  folder, _, kind = folder.partition(',')
+  if kind == 'streaming':
+    return get_streaming(folder)
   config = shrink(selfforcing.get_config('nano'), folder)
   config.total_steps = 6
   config.generator_every = 2
@@ -52,6 +56,16 @@ def get_i2v(folder):
     config[name].in_channels = 36
   config.data = dict(kind='clips')
   config.latents = dict(count=16, batch=8)
+  return config
+
+
+def get_streaming(folder):
+  """Streams of up to 15 latent frames: a clip of 6 and three that add 3, behind a window of 5 with a sink of 1."""
+  config = shrink(selfforcing.get_config('nano,backbone=longlive,streaming'), folder)
+  config.rollout.update(window=5, sink=1)
+  config.streaming.update(frames=15, new=3)
+  config.update(total_steps=6, generator_every=2)
+  config.checkpoint.update(every=2, keep=4)
   return config
 
 
