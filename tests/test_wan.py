@@ -331,3 +331,18 @@ def test_frames_of_another_length_than_the_whole_clip_are_refused():
 def test_more_outputs_than_inputs_are_refused():
   with pytest.raises(InputError, match='in_channels 8 must not be fewer than out_channels 16'):
     dataclasses.replace(tiny.WAN, in_channels=8)
+
+
+def test_features_are_the_tap_of_the_whole_network_and_run_nothing_behind_it():
+  params, prompt = tiny.params(), tiny.prompt()
+  x, t, layer = tiny.latents(0), tiny.levels(1), 1
+  whole = jax.jit(wan.bind(tiny.WAN))(params, x, t, prompt, wan.Clip(taps=(layer,)))[1].taps[layer]
+  run = jax.jit(lambda p: wan.features(p, x, t, prompt, layer, tiny.WAN))
+  np.testing.assert_allclose(run(params), whole, atol=1e-5)
+  grads = jax.grad(lambda p: jnp.square(run(p)).sum())(params)
+  for g in jax.tree.leaves(grads['blocks']):
+    assert not np.asarray(g[layer + 1 :]).any() and np.asarray(g[: layer + 1]).any()
+  assert not any(np.asarray(g).any() for g in jax.tree.leaves(grads['head']))
+  # Its loop is as long as the tap is deep.
+  (loop,) = (e for e in jax.make_jaxpr(run)(params).jaxpr.eqns[0].params['jaxpr'].eqns if e.primitive.name == 'scan')
+  assert loop.params['length'] == layer + 1
