@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from salt_jax import convert
+from salt_jax import convert, tensor_files
 from salt_jax.errors import InputError
 from salt_jax.models import text, vae, wan
 
@@ -90,10 +90,7 @@ def config_of(path: str) -> ConfigDict:
   Raises:
     InputError: if it carries none.
   """
-  convert.load_safetensors(path)
-  with open(path, 'rb') as file:
-    size = int.from_bytes(file.read(8), 'little')
-    metadata = json.loads(file.read(size)).get('__metadata__', {})
+  _, metadata = tensor_files.scan(path)
   if 'config' not in metadata:
     raise InputError(
       f'{path} does not say which config made it: pass the workdir of a run instead.'

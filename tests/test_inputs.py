@@ -398,7 +398,7 @@ def _spoil(path: pathlib.Path, how: str) -> None:
     ('vae', 'missing', 'needs weights that are not there: '),
     ('init', 'truncated', 'is cut short or damaged; copy or download it again.'),
     ('vae', 'truncated', 'is cut short or damaged; copy or download it again.'),
-    ('teacher', 'text', 'is not a safetensors file; give one, or convert yours first.'),
+    ('teacher', 'text', 'is not a safetensors file but a pointer of Git LFS; fetch the file itself'),
     ('text', 'nan', 'holds NaN or infinite numbers in '),
     ('teacher', 'incomplete', 'the dit weights lack blocks.0.'),
   ],
