@@ -2,7 +2,7 @@
 
 The parameter path follows from Wan's name: a numeric component joins its predecessor ('ffn.0' ->
 'ffn_0'), the layers of the transformers are stacked along a leading axis, and the leaf is named by
-its layout in `wan_names`. As a program, `python -m salt_jax.convert` is `salt_jax.conversion`.
+its layout in `wan_names`. As a program, `python -m salt_jax.convert` is `salt_jax.convert_cli`.
 """
 
 import os
@@ -265,6 +265,6 @@ def save_params(
 
 
 if __name__ == '__main__':
-  from salt_jax import cli, conversion
+  from salt_jax import cli, convert_cli
 
-  cli.run(conversion.program, conversion.define_flags)
+  cli.run(convert_cli.program, convert_cli.define_flags)

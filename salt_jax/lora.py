@@ -110,7 +110,12 @@ def _update(tensors: Mapping[str, Tensor], group: Mapping[str, str], alpha: floa
 
 def _refuse_shapes(name: str, weight: Tensor, update: Update) -> None:
   down, up = update.down.shape, update.up.shape
-  if len(down) != 2 or up != (*weight.shape[:1], down[0]) or weight.shape[1:] != down[1:]:
+  if (
+    len(down) != 2
+    or not down[0]
+    or up != (*weight.shape[:1], down[0])
+    or weight.shape[1:] != down[1:]
+  ):
     raise InputError(
       f'the LoRA pair of {name} has shapes {down} and {up}, which do not make {weight.shape}; '
       'is it for a model of another size?'
