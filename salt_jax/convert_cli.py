@@ -7,11 +7,12 @@ output a safetensors file in the names of Wan, diffusers or ComfyUI, with its SH
 (`--names=orbax --config=...`) a folder that `salt_jax.sample` samples and that a stage starts from.
 """
 
+import contextlib
 import json
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -150,15 +151,21 @@ def _refuse_output(args, source: Source) -> None:
     raise InputError(f'--output={args.output} is what is read; name another file.')
 
 
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+  """Lets a stop from outside go through what removes half-written files."""
+  before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
 def program() -> None:
   args = flags.FLAGS
   _check(args)
-  # A stop from outside goes through what removes half-written files.
-  before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-  try:
+  with stoppable():
     _run(args)
-  finally:
-    signal.signal(signal.SIGTERM, before)
 
 
 def _run(args) -> None:
@@ -170,12 +177,11 @@ def _run(args) -> None:
       '--names=orbax needs --config: a few-step experiment that the weights are for.'
     )
   request = Request(
-    args.network,
-    args.size,
-    args.names,
-    args.dtype,
-    tuple(args.allow_unused),
-    tuple(args.allow_missing),
+    network=args.network,
+    naming=args.names,
+    dtype='float32' if args.names == ORBAX else args.dtype,
+    allow_unused=tuple(args.allow_unused),
+    allow_missing=tuple(args.allow_missing),
   )
   want = expected(args.network, args.size, config)
   try:

@@ -116,15 +116,16 @@ def _members(path: str, archive: zipfile.ZipFile) -> tuple[str, dict[str, zipfil
 
 def _refuse_opcodes(path: str, text: bytes) -> None:
   try:
-    for opcode, argument, _ in pickletools.genops(text):
-      # The memo of a pickle never outgrows its text; a large number here would only take memory.
-      if opcode.name in _OPCODES or (opcode.name in _MEMO and int(argument) > len(text)):
-        raise InputError(
-          f'{path} is a pickle with {opcode.name}, which no weights need; '
-          'do not load it, and get the weights elsewhere.'
-        )
+    opcodes = [(opcode.name, argument) for opcode, argument, _ in pickletools.genops(text)]
   except ValueError as error:
     raise _unsound(path) from error
+  for name, argument in opcodes:
+    # The memo of a pickle never outgrows its text; a large number here would only take memory.
+    if name in _OPCODES or (name in _MEMO and int(argument) > len(text)):
+      raise InputError(
+        f'{path} is a pickle with {name}, which no weights need; '
+        'do not load it, and get the weights elsewhere.'
+      )
 
 
 class _Reader(pickle.Unpickler):
