@@ -107,9 +107,10 @@ def match(keys: Iterable[str], network: str, source: str) -> Match:
     raise InputError(
       f'{network} weights come from wan or {FOREIGN[network]}, not {source!r}; name one of them.'
     )
-  table = {row.wan if source == 'wan' else row.foreign: row for row in rows}
   if source == 'wan':
     table = {row.wan: row._replace(part=0, parts=1) for row in rows}
+  else:
+    table = {row.foreign: row for row in rows if row.foreign}
   bare = strip(keys, network)
   unused = re.compile(_UNUSED.get(network, r'(?!)'))
   names = _untied(bare, source) if network == 'umt5' else bare
