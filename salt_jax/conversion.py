@@ -229,14 +229,16 @@ def _refuse(
   ]
   where = ', '.join(report['files'][:1])
   if wrong:
-    raise Refused(f'{where} is of another size: {listed(wrong)}{_hint(shapes, request)}.', report)
+    raise Refused(
+      f'{where} is of another size: {listed(wrong)}{_hint(shapes, want, request)}.', report
+    )
   if unused or missing:
     parts = [
       f'{word} {listed(keys)}' for word, keys in (('unused', unused), ('missing', missing)) if keys
     ]
     patterns = ' and '.join(f'--allow_{part.split()[0]}=PATTERN' for part in parts)
     raise Refused(
-      f'{where} does not fit{_hint(shapes, request)}: {"; ".join(parts)}; '
+      f'{where} does not fit{_hint(shapes, want, request)}: {"; ".join(parts)}; '
       f'name them with {patterns} if that is meant.',
       report,
     )
@@ -250,12 +252,19 @@ class Refused(InputError):
     self.report = report
 
 
-def _hint(shapes: Mapping[str, tuple[int, ...]], request: Request) -> str:
-  """The size that the tensors do fit, if there is one."""
+def _hint(
+  shapes: Mapping[str, tuple[int, ...]],
+  want: Mapping[str, tuple[int, ...] | None],
+  request: Request,
+) -> str:
+  """The size that the tensors do fit, if it is another than was asked for."""
   if request.network == 'clip':
     return ''
-  fitting = [size for size in SIZES[request.network] if shapes == _published(request.network, size)]
-  return f' (it is of --size={fitting[0]})' if fitting else ''
+  for size in SIZES[request.network]:
+    published = _published(request.network, size)
+    if published != want and published.items() <= shapes.items():
+      return f' (it is of --size={size})'
+  return ''
 
 
 def lines(report: Mapping[str, Any]) -> list[str]:

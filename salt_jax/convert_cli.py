@@ -52,10 +52,8 @@ def write_run(folder: str, conversion: Conversion, config: ConfigDict) -> None:
   `salt_jax.sample` samples it, and a stage takes it as one of its weights.
 
   Raises:
-    InputError: weights are missing, or the folder is there already.
+    InputError: weights are missing, not finite, or of another size.
   """
-  if os.path.isdir(folder) and os.listdir(folder):
-    raise InputError(f'--output={folder} is not empty; name a new folder.')
   tensors = {}
   for name, tensor in conversion.wan.items():
     tensors[name] = tensor.read()
@@ -103,6 +101,8 @@ def _check(args) -> None:
     raise InputError(f'--names=comfyui is for a DiT; choose wan or diffusers for {args.network}.')
   if args.lora and args.network != 'dit':
     raise InputError(f'--lora is for a DiT, not for {args.network}; leave it out.')
+  if args.size and args.config is not None:
+    raise InputError('--size has no use beside --config, which knows it; leave one of them out.')
   cli.check_folder('output', os.path.dirname(args.output))
   if args.report:
     cli.check_folder('report', os.path.dirname(args.report))
@@ -110,8 +110,10 @@ def _check(args) -> None:
 
 def _updates(args, found: Mapping[str, Tensor]) -> dict[str, lora.Update]:
   pairs = {}
+  # LongLive keeps both in one file.
+  part = 'critic_lora' if args.entry.startswith('critic') else 'generator_lora'
   for path in args.lora:
-    source = _open_lora(path, args.entry)
+    source = open_source(path, default=part)
     more, unknown = lora.updates(source.tensors, found, args.lora_alpha)
     unknown = [key for key in unknown if not matches(key, args.allow_unused)]
     if unknown:
@@ -123,17 +125,6 @@ def _updates(args, found: Mapping[str, Tensor]) -> dict[str, lora.Update]:
       raise InputError(f'two LoRA files are for {listed(twice)}; merge one after the other.')
     pairs |= more
   return pairs
-
-
-def _open_lora(path: str, entry: str) -> Source:
-  """A LoRA file; in a checkpoint of LongLive, the part that belongs to the network that is read."""
-  wanted = 'critic_lora' if entry.startswith('critic') else 'generator_lora'
-  try:
-    return open_source(path)
-  except InputError as error:
-    if wanted not in str(error):
-      raise
-    return open_source(path, wanted)
 
 
 def _metadata(source: Source, config: ConfigDict | None, args) -> dict[str, str]:
@@ -149,6 +140,8 @@ def _refuse_output(args, source: Source) -> None:
   files = [*source.files, *args.lora]
   if os.path.exists(args.output) and any(os.path.samefile(args.output, f) for f in files):
     raise InputError(f'--output={args.output} is what is read; name another file.')
+  if os.path.isdir(args.output) and (args.names != ORBAX or os.listdir(args.output)):
+    raise InputError(f'--output={args.output} is not empty; name a new folder.')
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ class Source(NamedTuple):
   config: ConfigDict | None = None
 
 
-def open_source(path: str, entry: str = '', network: str = 'dit') -> Source:
+def open_source(path: str, entry: str = '', network: str = 'dit', default: str = '') -> Source:
   """Opens weights of any kind.
 
   Args:
@@ -47,6 +47,7 @@ def open_source(path: str, entry: str = '', network: str = 'dit') -> Source:
       these, or the workdir of a run.
     entry: the part of a torch file or of a run, such as generator_ema.
     network: what a run's network is.
+    default: the part of a torch file to take if none is named and it has this one.
 
   Raises:
     InputError: nothing there, damaged, not what its checksum says, or a part is to be named.
@@ -60,7 +61,10 @@ def open_source(path: str, entry: str = '', network: str = 'dit') -> Source:
   torch = tensor_files.kind(path) == 'torch'
   verified = [path] if tensor_files.verify(path) else []
   if torch:
-    tensors, entry, others = _part(path, pickles.load(path), entry)
+    content = pickles.load(path)
+    if not entry and isinstance(content, Mapping) and default in content:
+      entry = default
+    tensors, entry, others = _part(path, content, entry)
     return Source(tensors, [path], entry, others, verified)
   tensors, metadata = tensor_files.scan(path)
   config = _config(metadata)

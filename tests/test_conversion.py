@@ -164,9 +164,10 @@ def test_full_size_clip_names_are_those_of_transformers():
   small = {key: clip_shapes()[_first_layer(key)] for key in found}
   empty = {key: held(np.broadcast_to(np.float32(0), shape)) for key, shape in small.items()}
   out, went = names.from_wan_names(empty, 'clip', 'diffusers')
-  assert out.keys() == clip_on_meta().keys() and len(out) == 391 + 2 * 64
+  theirs = clip_on_meta()
+  assert out.keys() == theirs.keys() and len(out) == 391 + 2 * 64
   assert [key for key, new in went.items() if not new] == ['head']
-  assert all(len(t.shape) == len(clip_on_meta()[key]) for key, t in out.items())
+  assert all(len(t.shape) == len(theirs[key]) for key, t in out.items())
 
 
 def _first_layer(key: str) -> str:
