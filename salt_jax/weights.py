@@ -46,7 +46,8 @@ def require(config: ConfigDict, names: Sequence[str]) -> None:
   if missing:
     raise InputError(
       f"{config.name} needs weights that are not there: {', '.join(missing)}; put them there in Wan's own names as "
-      'safetensors, or point --config.weights.NAME at them. --config=configs/selfforcing.py:nano runs without any.'
+      'safetensors, with python -m salt_jax.convert, or point --config.weights.NAME at them. '
+      '--config=configs/selfforcing.py:nano runs without any.'
     )
 
 
