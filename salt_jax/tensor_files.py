@@ -227,12 +227,11 @@ def _write_all(file: BinaryIO, header: bytes, tensors, source: str) -> str:
   digest = hashlib.sha256(header)
   file.write(header)
   for name, tensor in tensors:
-    written, block = 0, None
+    written, block = 0, None  # a block would keep all of the tensor before
     for block in _blocks(source, name, tensor):
       written += block.nbytes
       digest.update(block.view(np.uint8))
       file.write(block.view(np.uint8))
-    del block  # which keeps all of its tensor
     if written != nbytes(tensor):
       raise ValueError(f'{name} has {written} bytes, not those of {tensor.shape} {tensor.dtype}.')
   return digest.hexdigest()
