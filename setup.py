@@ -1,4 +1,4 @@
-"""Package metadata: `pip install -e .` for the library, with the extras tpu, gpu, torch and dev."""
+"""Package metadata: `pip install -e .` for the library, with the extras tpu, gpu and dev."""
 
 import setuptools
 
@@ -35,7 +35,6 @@ setuptools.setup(
   extras_require={
     'tpu': ['jax[tpu]>=0.10'],  # TPU runtime; also what plan compiles with on a CPU
     'gpu': ['jax[cuda13]>=0.10'],  # CUDA libraries
-    'torch': ['torch>=2.6'],  # reading .pt files
     'dev': [
       'pytest>=8.0',
       'pytest-xdist>=3.6',  # tests in parallel

@@ -61,6 +61,11 @@ def run(config: ConfigDict, workdir: str) -> dict[str, int]:
   checkpoints = Checkpoints(
     os.path.join(workdir, 'checkpoints'), config.checkpoint.every, config.checkpoint.keep
   )
+  if checkpoints.latest_step() == 0:
+    raise InputError(
+      f'{workdir} holds converted weights and no run: pass another --workdir, and '
+      f'--config.weights.NAME={workdir} to start from them.'
+    )
   start = checkpoints.latest_step() or 0
   if start > config.total_steps:
     raise InputError(

@@ -16,7 +16,18 @@ import safetensors.numpy
 from absl import flags
 
 from configs import base, causal_init, pretrain, selfforcing
-from salt_jax import cli, convert, evaluate, main, recipe, sample, stages, train, weights
+from salt_jax import (
+  cli,
+  convert,
+  convert_cli,
+  evaluate,
+  main,
+  recipe,
+  sample,
+  stages,
+  train,
+  weights,
+)
 from salt_jax.checkpoint import Checkpoints, write_config
 from salt_jax.checks import check_batch
 from salt_jax.errors import InputError, NonFiniteError
@@ -156,8 +167,34 @@ WRONG_COMMANDS = {
     (['--diagnose=defects'], '--diagnose: "defects" is unknown; choose from defect, cache, swap, drift.'),
     (['--config.weights.text=nowhere', '--output={tmp}'], 'not there: nowhere (weights.text)'),
   ),
+  'convert': (
+    ([], 'pass --input: a file of weights, an index of shards, or the workdir of a run.'),
+    (['--input=x'], 'pass --output: the file to write, such as student.safetensors.'),
+    (['--input=x', '--output=x.pt'], '--output=x.pt must end in .safetensors.'),
+    (['--input=x', '--output=LICENSE/x.safetensors'], '--output: nothing can be written to LICENSE'),
+    (['--input=x', '--output={tmp}/x.safetensors', '--report=LICENSE/r'], '--report: nothing can be written to'),
+    (['--input=x', '--output={tmp}/x.safetensors'], 'x is not there or not a file; check the path.'),
+    (['--input={tmp}', '--output={tmp}/x.safetensors'], 'must hold one file of weights or one index, not none;'),
+    (
+      ['--input=assets:nano_student.safetensors', '--output={tmp}/x.safetensors', '--entry=generator'],
+      '--entry=generator has no use: ',
+    ),
+    (
+      ['--input=assets:nano_student.safetensors', '--output={tmp}/x.safetensors', '--size=2b'],
+      '--size=2b is not a size of dit; choose 1.3b, 14b, i2v_14b, flf2v_14b, nano, nano_i2v.',
+    ),
+    (['--network=gan'], '--network=gan: value should be one of <dit|vae|umt5|clip>'),
+    (['--names=hf'], '--names=hf: value should be one of <wan|diffusers|comfyui|orbax>'),
+    (['--dtype=int8'], '--dtype=int8: value should be one of <keep|float32|float16|bfloat16>'),
+    (
+      ['--input=x', '--output=x.safetensors', '--names=comfyui', '--network=vae'],
+      '--names=comfyui is for a DiT; choose wan or diffusers for vae.',
+    ),
+    (['--input=x', '--output=x.safetensors', NANO, '--size=nano'], '--size has no use beside --config,'),
+    (['--input=x', '--output=x', '--names=orbax', '--dtype=float16'], '--names=orbax is for a DiT in float32;'),
+    (['--input=x', '--output=x.safetensors', '--network=vae', '--lora=y'], '--lora is for a DiT, not for vae;'),
+  ),
 }
-
 
 
 @pytest.fixture
@@ -165,7 +202,7 @@ def programs():
   """Programs run in this process; afterwards flags and log are as before."""
   known, logger = set(flags.FLAGS), logging.getLogger('salt_jax')
   handlers = list(logger.handlers)
-  yield {'main': main, 'sample': sample, 'evaluate': evaluate}
+  yield {'main': main, 'sample': sample, 'evaluate': evaluate, 'convert': convert_cli}
   for name in set(flags.FLAGS) - known:
     delattr(flags.FLAGS, name)
   flags.FLAGS.unparse_flags()
@@ -443,7 +480,7 @@ def _spoil(path: pathlib.Path, how: str) -> None:
     ('vae', 'missing', 'needs weights that are not there: '),
     ('init', 'truncated', 'is cut short or damaged; copy or download it again.'),
     ('vae', 'truncated', 'is cut short or damaged; copy or download it again.'),
-    ('teacher', 'text', 'is not a safetensors file; give one, or convert yours first.'),
+    ('teacher', 'text', 'is not a safetensors file but a pointer of Git LFS; fetch the file itself'),
     ('text', 'nan', 'holds NaN or infinite numbers in '),
     ('teacher', 'incomplete', 'the dit weights lack blocks.0.'),
   ],
