@@ -14,7 +14,11 @@ from salt_jax import causal_steps, clips, data, precompute, step, weights
 from salt_jax.errors import InputError
 from salt_jax.models import text, vae, wan
 from salt_jax.models.text import WordTokenizer
+from salt_jax.models.unigram import UnigramTokenizer
 from salt_jax.recipe import Recipe
+
+# An encoder's table may have rows that its tokenizer's files do not know: sentinels (300 in UMT5) and padding to 128.
+SPARE_IDS = 512
 
 
 class StepSpec(NamedTuple):
@@ -44,34 +48,41 @@ class Stage(NamedTuple):
   steps: tuple[StepSpec, ...]
 
 
-def tokenizer(config: ConfigDict, rec: Recipe) -> WordTokenizer:
-  """The nano world's tokenizer.
+def tokenizer(config: ConfigDict, rec: Recipe) -> WordTokenizer | UnigramTokenizer:
+  """The nano world's words, or UMT5's pieces from the folder `weights.tokenizer`.
 
   Raises:
-    InputError: for UMT5-XXL, whose tokenizer is not read yet.
+    InputError: no tokenizer there, or of another vocabulary than the text encoder's.
   """
-  if config.size != 'nano':
+  if config.size == 'nano':
+    return WordTokenizer(clips.NANO_WORDS, rec.text_length)
+  pieces = UnigramTokenizer(config.weights.tokenizer, rec.text_length)
+  if not 0 <= rec.text.vocab - pieces.size < SPARE_IDS:
     raise InputError(
-      f'{config.name} needs the UMT5 tokenizer, which salt_jax cannot read yet; nano runs here.'
+      f'the tokenizer in {config.weights.tokenizer} has {pieces.size} ids, but text.vocab={rec.text.vocab}: '
+      'take the tokenizer of this encoder.'
     )
-  return WordTokenizer(clips.NANO_WORDS, rec.text_length)
+  return pieces
 
 
 def serving(config: ConfigDict, rec: Recipe, *names: str) -> dict[str, PyTree]:
   """The frozen networks a stage asks for, and the unconditional prompt."""
   weights.require(config, names)
-  frozen = {}
+  frozen = {'negative': negative(config, rec)}
   for name in names:
     network = weights.NETWORKS.get(name, 'dit')
     cfg = {'vae': rec.vae, 'text': rec.text}.get(name, rec.teacher)
     params = weights.load(config.weights[name], network, cfg)
     frozen[name] = weights.narrowed(params, cfg.dtype)
-  return frozen | {'negative': _negative(config, rec)}
+  return frozen
 
 
-def _negative(config, rec):
-  ids, mask = tokenizer(config, rec).empty(1)
-  return {'ids': np.asarray(ids), 'mask': np.asarray(mask)}
+def negative(config: ConfigDict, rec: Recipe) -> dict[str, np.ndarray]:
+  """ids and mask `[1 n]` of the unconditional prompt: `config.negative`, and for nano, which has no such field, ''."""
+  words = tokenizer(config, rec)
+  text = '' if config.size == 'nano' else config.negative
+  ids, mask = words([text]) if text else words.empty(1)
+  return {'ids': ids, 'mask': mask}
 
 
 def _random(cfgs: dict, seed: int) -> dict[str, PyTree]:
@@ -104,7 +115,7 @@ def _flow(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
   return Stage(
     shapes={'dit': weights.shapes('dit', rec.model), 'text': weights.shapes('umt5', rec.text)},
     start=lambda: _random({'dit': rec.model, 'text': rec.text}, config.seed),
-    frozen={'negative': _negative(config, rec)},
+    frozen={'negative': negative(config, rec)},
     averaged=('dit', 'text'),
     steps=(StepSpec('dit', step.flow_step, 1, functools.partial(data.store_batches, folder)),),
   )

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from salt_jax import convert
 from salt_jax.errors import InputError
-from salt_jax.models import text, vae, wan
+from salt_jax.models import text, unigram, vae, wan
 
 NETWORKS = {'vae': 'vae', 'text': 'umt5'}  # everything else is a DiT
 
@@ -41,6 +41,10 @@ def require(config: ConfigDict, names: Sequence[str]) -> None:
   """
   paths = {name: resolve(config.weights[name]) for name in names}
   missing = [f'{path} (weights.{name})' for name, path in paths.items() if not os.path.isfile(path)]
+  if 'text' in names and config.size != 'nano' and not unigram.find(config.weights.tokenizer):
+    missing.append(
+      f'{" or ".join(unigram.FILES)} in {config.weights.tokenizer} (weights.tokenizer)'
+    )
   if missing:
     raise InputError(
       f"{config.name} needs weights that are not there: {', '.join(missing)}; put them there in Wan's own names as "

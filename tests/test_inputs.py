@@ -177,6 +177,7 @@ def test_a_wrong_command_is_refused_in_a_sentence(name, args, sentence, programs
       [
         *('selfforcing-1.3b needs weights that are not there: ', '--config=configs/selfforcing.py:nano runs'),
         *('weights/Wan2.1_VAE.safetensors (weights.vae)', 'weights/Wan2.1-T2V-14B.safetensors (weights.teacher)'),
+        'tokenizer.json or spiece.model in weights/google/umt5-xxl (weights.tokenizer)',
         *('weights/models_t5_umt5-xxl-enc-bf16.safetensors (weights.text)', '(weights.critic)', '(weights.init)'),
       ],
     ),
