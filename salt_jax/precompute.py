@@ -151,11 +151,24 @@ def given_latents(config: ConfigDict, rec: Recipe) -> str:
   return folder
 
 
-def ode_pairs(config: ConfigDict, rec: Recipe, frozen: dict, folder: str) -> str:
+def ode_pairs(
+  config: ConfigDict,
+  rec: Recipe,
+  frozen: dict,
+  folder: str,
+  prompts: Callable[[data.Feed], Iterator],
+) -> str:
   """Teacher trajectories; fields trajectory float16 `[p f h w c]` (kept inputs, then the end) and ids, mask, for I2V
   condition.
 
   The kept levels are those of the student's schedule, which the teacher's grid contains.
+
+  Args:
+    config: the stage.
+    rec: its recipe.
+    frozen: text encoder and unconditional prompt.
+    folder: where the pairs go.
+    prompts: batches of tokenised prompts; for I2V clips are read instead.
   """
   keep, pairs = rec.schedule.steps[0], config.pairs
   weights.require(config, ['teacher'])
@@ -178,13 +191,13 @@ def ode_pairs(config: ConfigDict, rec: Recipe, frozen: dict, folder: str) -> str
   if rec.model.frame_channels:
     batches = _clips(config, rec, 1, pairs.batch)
   else:
-    captions = functools.partial(data.captions, length=rec.text_length)
-    batches = _from(captions, pairs.batch, config)
+    batches = _from(prompts, pairs.batch, config)
 
   def make(number):
     item = batches(number)
     record = common(item)
-    batch = over_local_devices(record | {'index': item['index'].astype(np.int32)})
+    given = {name: x for name, x in item.items() if name not in ('video', 'row')}
+    batch = over_local_devices(given | record | {'index': item['index'].astype(np.int32)})
     return {'trajectory': np.asarray(run(teacher, frozen, batch))} | record
 
   facts = {'seed': config.seed, 'pairs': dict(pairs), 'shift': rec.schedule.shift}

@@ -123,8 +123,10 @@ def _flow(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
 
 def _ode(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
   weights.require(config, ('text', 'teacher', 'vae'))
+  # For I2V the clips are read, which have captions and a first frame.
+  prompts = None if rec.model.frame_channels else _prompts(config, rec, workdir)
   frozen = serving(config, rec, 'text')
-  folder = precompute.ode_pairs(config, rec, frozen, os.path.join(workdir, 'pairs'))
+  folder = precompute.ode_pairs(config, rec, frozen, os.path.join(workdir, 'pairs'), prompts)
   return _generator(config, rec, 'teacher', frozen, (step.ode_step, folder))
 
 
@@ -206,8 +208,8 @@ def _prompts(config: ConfigDict, rec: Recipe, workdir: str) -> Callable[[data.Fe
   if config.data.kind == 'captions':
     return functools.partial(data.captions, length=rec.text_length)
   if config.data.kind == 'prompts':
-    words = tokenizer(config, rec)
-    return lambda feed: data.text_file(config.data.path, feed, words)
+    tokens = data.tokenized(config.data.path, tokenizer(config, rec))
+    return functools.partial(data.token_batches, tokens)
   raise InputError(f'data.kind={config.data.kind} is unknown: choose captions, clips or prompts.')
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import string
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -185,6 +186,16 @@ def param_shapes(cfg: TextConfig) -> dict:
   return jax.eval_shape(functools.partial(init_params, cfg=cfg), jax.random.key(0))
 
 
+def pad(
+  rows: Sequence[Sequence[int]], length: int
+) -> tuple[Int[np.ndarray, 'b n'], Bool[np.ndarray, 'b n']]:
+  """Ids of prompts, `</s>` included, padded to `length`, and the mask of what is no padding."""
+  ids = np.full((len(rows), length), PAD, np.int32)
+  for i, row in enumerate(rows):
+    ids[i, : len(row)] = row
+  return ids, np.arange(length) < np.array([len(row) for row in rows])[:, None]
+
+
 class WordTokenizer:
   """One id a word of a closed vocabulary, behind `<pad>` 0, `</s>` 1 and `<unk>` 2.
 
@@ -212,17 +223,11 @@ class WordTokenizer:
     Raises:
       InputError: a prompt that is empty or too long, or a word outside the vocabulary.
     """
-    rows = [[*self._row(prompt), EOS] for prompt in prompts]
-    ids = np.full((len(rows), self.length), PAD, np.int32)
-    for i, row in enumerate(rows):
-      ids[i, : len(row)] = row
-    return ids, ids != PAD
+    return pad([[*self._row(prompt), EOS] for prompt in prompts], self.length)
 
   def empty(self, batch: int) -> tuple[Int[np.ndarray, 'b n'], Bool[np.ndarray, 'b n']]:
     """The unconditional input: nothing but `</s>`."""
-    ids = np.full((batch, self.length), PAD, np.int32)
-    ids[:, 0] = EOS
-    return ids, ids != PAD
+    return pad([[EOS]] * batch, self.length)
 
   def _row(self, prompt: str) -> list[int]:
     words = _words(prompt)

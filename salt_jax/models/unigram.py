@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from salt_jax.errors import InputError
-from salt_jax.models.text import EOS, PAD
+from salt_jax.models.text import EOS, PAD, pad
 
 FILES = ('tokenizer.json', 'spiece.model')
 _LIMIT = 60  # characters of a prompt that a refusal repeats
@@ -130,11 +130,11 @@ class UnigramTokenizer:
     Raises:
       InputError: a prompt of which cleaning leaves nothing.
     """
-    return self._padded([self._row(prompt) for prompt in prompts])
+    return pad([self._row(prompt) for prompt in prompts], self.length)
 
   def empty(self, batch: int) -> tuple[Int[np.ndarray, 'b n'], Bool[np.ndarray, 'b n']]:
     """The empty text: nothing but `</s>`."""
-    return self._padded([[EOS]] * batch)
+    return pad([[EOS]] * batch, self.length)
 
   def _row(self, prompt: str) -> list[int]:
     text = clean(prompt)
@@ -143,9 +143,3 @@ class UnigramTokenizer:
         f'prompt {prompt[:_LIMIT]!r} is empty once whitespace and HTML are cleaned; write a caption.'
       )
     return [*self._pieces.ids(text)[: self.length - 1], EOS]
-
-  def _padded(self, rows):
-    ids = np.full((len(rows), self.length), PAD, np.int32)
-    for i, row in enumerate(rows):
-      ids[i, : len(row)] = row
-    return ids, np.arange(self.length) < np.array([[len(row)] for row in rows])
