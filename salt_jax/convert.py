@@ -1,7 +1,7 @@
 """Wan, diffusers and transformers weights <-> parameter trees, and the files they live in.
 
 The parameter path follows from Wan's name: a numeric component joins its predecessor ('ffn.0' ->
-'ffn_0'), the layers 'blocks.*' of the transformers are stacked along a leading axis, and the leaf
+'ffn_0'), the layers of the transformers are stacked along a leading axis, and the leaf
 is named by its layout in `wan_names`.
 """
 
@@ -24,13 +24,15 @@ Params = dict[str, Any]
 Tensors = Mapping[str, np.ndarray]
 
 DTYPES = {'float32': np.float32, 'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16}
-FOREIGN = {'dit': 'diffusers', 'vae': 'diffusers', 'umt5': 'transformers'}
+FOREIGN = {'dit': 'diffusers', 'vae': 'diffusers', 'umt5': 'transformers', 'clip': 'wan'}
 
-_STACKED = ('dit', 'umt5')
+# Where the transformers keep their layers, which are stacked.
+_STACKED = {'dit': 'blocks', 'umt5': 'blocks', 'clip': 'transformer'}
 _WRAPPERS = re.compile(r'_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.')
 # GAN heads of Self-Forcing forks, and a norm that diffusers itself never reads.
 _UNUSED = re.compile(
   r'(_cls_pred_branch|_register_tokens|_gan_ca_blocks)\b.*|blocks\.\d+\.attn2\.norm_added_q\..*'
+  r'|log_scale|textual\..*'  # the other half of CLIP
 )
 
 
@@ -55,7 +57,9 @@ def _strip(tensors: Tensors) -> dict[str, np.ndarray]:
   """Removes the prefixes that training and repackaging leave in front of a model's names."""
   stripped = {}
   for key, array in tensors.items():
-    name = _WRAPPERS.sub('', key).removeprefix('model.').removeprefix('diffusion_model.')
+    name = _WRAPPERS.sub('', key)
+    for prefix in ('model.', 'diffusion_model.', 'visual.'):
+      name = name.removeprefix(prefix)
     if name in stripped:
       raise InputError(f'two weights are named {name} once prefixes are gone; keep one of them.')
     stripped[name] = array
@@ -67,7 +71,7 @@ def rename(tensors: Tensors, network: str, source: str) -> dict[str, np.ndarray]
 
   Args:
     tensors: arrays by name in the naming of `source`.
-    network: 'dit', 'vae' or 'umt5'.
+    network: 'dit', 'vae', 'umt5' or 'clip'.
     source: 'wan', or 'diffusers' (dit, vae), or 'transformers' (umt5).
 
   Returns:
@@ -106,11 +110,11 @@ def from_wan(tensors: Tensors, network: str, dtype: Any = None) -> Params:
 
   Args:
     tensors: arrays in torch's layouts; wrappers' prefixes may stand before the names.
-    network: 'dit', 'vae' or 'umt5'.
+    network: 'dit', 'vae', 'umt5' or 'clip'.
     dtype: if given, what every leaf is cast to; otherwise the tensors' own type is kept.
 
   Returns:
-    Nested dicts; the layers of 'dit' and 'umt5' are stacked along a leading axis.
+    Nested dicts; the layers of the transformers are stacked along a leading axis.
 
   Raises:
     InputError: a name outside the table, a layer that is missing, or a shape that does not fit.
@@ -136,7 +140,8 @@ def from_wan(tensors: Tensors, network: str, dtype: Any = None) -> Params:
 def _path(key: str, layout: Layout) -> tuple[str, ...]:
   """'a.b.0.weight' -> ('a', 'b_0', 'kernel'); a stacked layer's '*' leaves no trace."""
   module = key.replace('.*', '').rpartition('.')[0]
-  return tuple(re.sub(r'\.(\d+)(?=\.|$)', r'_\1', module).split('.')) + (layout.leaf,)
+  nodes = re.sub(r'\.(\d+)(?=\.|$)', r'_\1', module).split('.')
+  return (*filter(None, nodes), layout.leaf)
 
 
 def _refuse_gaps(network: str, layers: Mapping[str, Mapping[int, np.ndarray]]):
@@ -182,10 +187,10 @@ def _flatten(tree: Mapping[str, Any], above: tuple[str, ...] = ()) -> dict[tuple
 
 
 def _wan_key(path: tuple[str, ...], network: str) -> str:
-  stacked = network in _STACKED and path[0] == 'blocks'
-  module = '.'.join(('blocks.*',) + path[1:-1] if stacked else path[:-1])
+  stacked = path[0] == _STACKED.get(network)
+  module = '.'.join((f'{path[0]}.*',) + path[1:-1] if stacked else path[:-1])
   leaf = 'weight' if path[-1] in ('kernel', 'embedding') else path[-1]
-  return re.sub(r'_(\d+)(?=\.|$)', r'.\1', module) + '.' + leaf
+  return '.'.join(filter(None, (re.sub(r'_(\d+)(?=\.|$)', r'.\1', module), leaf)))
 
 
 def to_wan(params: Params, network: str) -> dict[str, np.ndarray]:

@@ -34,6 +34,7 @@ class Entry(NamedTuple):
 _KERNEL = Layout('kernel', 'output input', 'input output')
 _BIAS = Layout('bias', 'c', 'c')
 _SCALE = Layout('weight', 'c', 'c')
+_CONV2D = Layout('kernel', 'output input h w', 'h w input output')
 _KINDS = {
   'linear': {'.weight': _KERNEL, '.bias': _BIAS},
   'matrix': {'.weight': _KERNEL},
@@ -44,7 +45,11 @@ _KINDS = {
   'embedding': {'.weight': Layout('embedding', 'n d', 'n d')},
   'modulation': {'': Layout('modulation', '1 n d', '1 n d')},
   'emb_pos': {'': Layout('emb_pos', '1 n d', '1 n d')},
-  'conv2d': {'.weight': Layout('kernel', 'output input h w', 'h w input output'), '.bias': _BIAS},
+  'conv2d': {'.weight': _CONV2D, '.bias': _BIAS},
+  'conv2d_matrix': {'.weight': _CONV2D},
+  'class_token': {'': Layout('cls_embedding', '1 1 d', '1 1 d')},
+  'positions': {'': Layout('pos_embedding', '1 n d', '1 n d')},
+  'projection': {'': Layout('head', 'input output', 'input output')},
   'conv3d': {
     '.weight': Layout('kernel', 'output input t h w', 't h w input output'),
     '.bias': _BIAS,
@@ -146,7 +151,26 @@ _VAE = (
   *_resample('decoder.upsamples.*', 'decoder.up_blocks.*'),
 )
 
-_TABLES = {'dit': _DIT, 'vae': _VAE, 'umt5': _UMT5}
+# The vision tower, in Wan's names behind 'visual.'; transformers has its keys, queries and values apart.
+_CLIP = tuple(
+  (wan, wan, kind)
+  for wan, kind in (
+    ('cls_embedding', 'class_token'),
+    ('pos_embedding', 'positions'),
+    ('patch_embedding', 'conv2d_matrix'),
+    ('pre_norm', 'norm'),
+    ('transformer.*.norm1', 'norm'),
+    ('transformer.*.attn.to_qkv', 'linear'),
+    ('transformer.*.attn.proj', 'linear'),
+    ('transformer.*.norm2', 'norm'),
+    ('transformer.*.mlp.0', 'linear'),
+    ('transformer.*.mlp.2', 'linear'),
+    ('post_norm', 'norm'),
+    ('head', 'projection'),
+  )
+)
+
+_TABLES = {'dit': _DIT, 'vae': _VAE, 'umt5': _UMT5, 'clip': _CLIP}
 
 
 def entries(network: str) -> list[Entry]:

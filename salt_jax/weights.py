@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 
 from salt_jax import convert
 from salt_jax.errors import InputError
-from salt_jax.models import text, unigram, vae, wan
+from salt_jax.models import clip, text, unigram, vae, wan
 
-NETWORKS = {'vae': 'vae', 'text': 'umt5'}  # everything else is a DiT
+NETWORKS = {'vae': 'vae', 'text': 'umt5', 'clip': 'clip'}  # everything else is a DiT
 
 
 def resolve(path: str) -> str:
@@ -54,7 +54,7 @@ def require(config: ConfigDict, names: Sequence[str]) -> None:
 
 def shapes(network: str, cfg) -> PyTree:
   """Shapes of a network's parameters; nothing is allocated."""
-  module = {'vae': vae, 'umt5': text, 'dit': wan}[network]
+  module = {'vae': vae, 'umt5': text, 'clip': clip, 'dit': wan}[network]
   return jax.eval_shape(lambda key: module.init_params(key, cfg), jax.random.key(0))
 
 
