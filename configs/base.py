@@ -5,7 +5,7 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from salt_jax.errors import InputError
-from salt_jax.models import text, vae, wan
+from salt_jax.models import clip, text, vae, wan
 
 WAN_SIZES = {'nano': wan.wan_nano, '1.3b': wan.wan_1_3b, '14b': wan.wan_14b}
 I2V_SIZES = {'nano': wan.wan_nano_i2v, '14b': wan.wan_i2v_14b}
@@ -217,6 +217,8 @@ def first_frames(config: ConfigDict) -> None:
     )
   else:
     config.negative = WAN_NEGATIVE_I2V
+    config.clip = _section(clip.vit_h_14())
+    config.weights.clip = 'weights/models_clip_open-clip-xlm-roberta-large-vit-huge-14.safetensors'
     config.weights.update(
       teacher='weights/Wan2.1-I2V-14B.safetensors', critic='weights/Wan2.1-I2V-14B.safetensors'
     )

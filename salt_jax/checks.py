@@ -14,6 +14,7 @@ from salt_jax import convert
 from salt_jax.diffusion.conditioning import FOLD
 from salt_jax.diffusion.flow import TRAIN_STEPS
 from salt_jax.errors import InputError
+from salt_jax.models.clip import ClipConfig
 
 FEW_STEP = ('ode', 'causal_ode', 'causal_cd', 'selfforcing')  # stages that make a few-step student
 FORCED = ('ar', 'causal_ode', 'causal_cd')  # stages that train behind clean clips
@@ -186,8 +187,27 @@ def _check_dit(config: ConfigDict, name: str) -> None:
       f'{name}.in_channels={model.in_channels} must equal vae.z_dim={latent}, or {image_to_video} for I2V.'
     )
   if any(_values(config, f'{name}.image_dim')):
+    _check_tower(config, name)
+
+
+def _check_tower(config: ConfigDict, name: str) -> None:
+  """A DiT with an image branch: the tower that its rows come from."""
+  model = config[name]
+  if 'clip' not in config or not any(_values(config, 'weights.clip')):
     raise InputError(
-      f'{name}.image_dim={model.image_dim} wants the rows of a CLIP tower, which salt_jax does not have yet.'
+      f'{name}.image_dim={model.image_dim} wants the rows of a CLIP tower: give the config a section "clip", and its '
+      'file as weights.clip.'
+    )
+  tower = section(ClipConfig, config, 'clip')
+  for key, value, words in (
+    ('image_dim', tower.dim, 'the width'),
+    ('image_len', tower.rows, 'the rows for one picture'),
+  ):
+    if key in model and model[key] != value:
+      raise InputError(f'{name}.{key}={model[key]} must equal {value}, {words} of the CLIP tower.')
+  if model.in_channels == config.vae.z_dim:
+    raise InputError(
+      f'{name}.image_dim={model.image_dim} is of image-to-video: set {name}.in_channels for given frames too.'
     )
 
 
@@ -198,6 +218,12 @@ def _check_first_frames(config: ConfigDict) -> None:
     raise InputError(
       f'teacher.in_channels={config.teacher.in_channels} must equal model.in_channels={model.in_channels}: '
       'both are given first frames, or neither.'
+    )
+  towers = [sum(_values(config, f'{name}.image_dim')) for name in ('teacher', 'model')]
+  if 'teacher' in config and towers[0] != towers[1]:
+    raise InputError(
+      f'teacher.image_dim={towers[0]} must equal model.image_dim={towers[1]}: both are given rows of the CLIP tower, '
+      'or neither.'
     )
   given, wanted = config.data.kind == 'clips', model.in_channels > z_dim
   if wanted and config.size != 'nano':

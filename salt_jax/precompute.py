@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from salt_jax import data, recipe, weights
+from salt_jax import data, images, recipe, weights
 from salt_jax.diffusion import flow, forcing, solvers
 from salt_jax.diffusion.conditioning import known_video
 from salt_jax.errors import InputError
-from salt_jax.models import vae, wan
+from salt_jax.models import clip, vae, wan
 from salt_jax.recipe import Recipe
 from salt_jax.sharding import over_local_devices
 from salt_jax.step import conditioning, to_unit
@@ -79,12 +79,47 @@ def first_frames(rec: Recipe, frames: int) -> Callable:
   )
 
 
+def image_rows(rec: Recipe) -> Callable:
+  """`(CLIP parameters, uint8 pictures [b h w 3]) -> float16 [b rows d]`: a batch's field `image`."""
+  return jax.jit(
+    lambda params, pictures: clip.encode(
+      params, images.clip_pixels(to_unit(pictures), rec.clip.size), rec.clip
+    ).astype(jnp.float16)
+  )
+
+
+def given(config: ConfigDict, rec: Recipe) -> Callable[..., dict]:
+  """`(uint8 first frames [b 1 h w 3], pictures [b h w 3] if CLIP is to see others) -> fields of a batch`.
+
+  They are `condition`, and `image` if the model takes rows of CLIP; for T2V there are none.
+
+  Raises:
+    InputError: a missing, damaged or other-sized file.
+  """
+  if not rec.model.frame_channels:
+    return lambda first, pictures=None: {}
+  weights.require(config, ('vae', 'clip') if rec.model.image_dim else ('vae',))
+  vae_params = weights.load(config.weights.vae, 'vae', rec.vae)
+  encode = first_frames(rec, config.video.frames)
+  if not rec.model.image_dim:
+    return lambda first, pictures=None: {'condition': encode(vae_params, first)}
+  clip_params, see = weights.load(config.weights.clip, 'clip', rec.clip), image_rows(rec)
+
+  def both(first, pictures=None):
+    pictures = first[:, 0] if pictures is None else pictures
+    return {'condition': encode(vae_params, first), 'image': see(clip_params, pictures)}
+
+  return both
+
+
 def _fields(config: ConfigDict, rec: Recipe, **own: Field) -> dict[str, Field]:
   """A store's own fields, the prompts, and for I2V what conditions on the first frame."""
   length = rec.text_length
   fields = own | {'ids': Field((length,), 'int32'), 'mask': Field((length,), 'bool')}
   if rec.model.frame_channels:
     fields['condition'] = Field(recipe.latent_shape(config), 'float16')
+  if rec.model.image_dim:
+    fields['image'] = Field((rec.clip.rows, rec.clip.dim), 'float16')
   return fields
 
 
@@ -99,12 +134,11 @@ def _conditioner(config: ConfigDict, rec: Recipe) -> Callable[[dict], dict]:
   """The fields that every store has, of a batch of clips or captions."""
   if not rec.model.frame_channels:
     return lambda item: {'ids': item['ids'], 'mask': item['mask']}
-  params = weights.load(config.weights.vae, 'vae', rec.vae)
-  encode = first_frames(rec, config.video.frames)
+  fields = given(config, rec)
 
   def make(item):
-    latents = encode(params, over_local_devices(item['video'][:, :1]))
-    return {'ids': item['ids'], 'mask': item['mask'], 'condition': np.asarray(latents)}
+    found = fields(over_local_devices(item['video'][:, :1]))
+    return {'ids': item['ids'], 'mask': item['mask']} | jax.tree.map(np.asarray, found)
 
   return make
 
@@ -118,7 +152,7 @@ def conditions(config: ConfigDict, rec: Recipe, folder: str) -> str:
 
 
 def latents(config: ConfigDict, rec: Recipe, folder: str) -> str:
-  """Encodes `latents.count` training clips; fields latents float16 `[f h w c]`, ids, mask, for I2V condition."""
+  """Encodes `latents.count` training clips; fields latents float16 `[f h w c]`, ids, mask, for I2V condition, image."""
   weights.require(config, ['vae'])
   params = weights.load(config.weights.vae, 'vae', rec.vae)
   batch, facts = config.latents.batch, {'seed': config.seed, 'video': dict(config.video)}
@@ -159,7 +193,7 @@ def ode_pairs(
   prompts: Callable[[data.Feed], Iterator],
 ) -> str:
   """Teacher trajectories; fields trajectory float16 `[p f h w c]` (kept inputs, then the end) and ids, mask, for I2V
-  condition.
+  condition and image.
 
   The kept levels are those of the student's schedule, which the teacher's grid contains.
 

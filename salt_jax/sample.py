@@ -31,7 +31,7 @@ from salt_jax.step import conditioning, to_bytes
 
 log = logging.getLogger('salt_jax.sample')
 
-# Draws `(ids, mask, index[, condition]) -> latents`, condition for I2V as `precompute.first_frames` makes it; the noise
+# Draws `(ids, mask, index[, condition[, image]]) -> latents`, for I2V with what `precompute.given` makes; the noise
 # of a clip depends on its index alone, not on who samples.
 Sampler = Callable[..., Float[Array, 'b f h w c']]
 
@@ -42,7 +42,7 @@ def keys(rec: Recipe, index: Int[Array, 'b']) -> Key[Array, 'b']:
 
 
 def _prompts(frozen: PyTree, batch: tuple, rec: Recipe) -> tuple[Prompt, Prompt]:
-  names = ('ids', 'mask', 'index', 'condition')
+  names = ('ids', 'mask', 'index', 'condition', 'image')
   return conditioning(frozen, dict(zip(names, batch, strict=False)), rec)
 
 
@@ -283,7 +283,7 @@ def program() -> None:
   batch = ids, mask, args.seed + np.arange(len(ids), dtype=np.int32)
   if image is not None:
     first = np.broadcast_to(image, (len(ids), 1, *image.shape))
-    batch += (precompute.first_frames(rec, config.video.frames)(frozen['vae'], first),)
+    batch += tuple(precompute.given(config, rec)(first).values())
   began = time.monotonic()
   if args.stream:
     parts = []

@@ -110,7 +110,12 @@ def _vae(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
   )
 
 
+def _towers(rec: Recipe) -> tuple[str, ...]:
+  return ('clip',) if rec.model.image_dim else ()
+
+
 def _flow(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
+  weights.require(config, ('vae', *_towers(rec)))
   folder = precompute.latents(config, rec, os.path.join(workdir, 'latents'))
   return Stage(
     shapes={'dit': weights.shapes('dit', rec.model), 'text': weights.shapes('umt5', rec.text)},
@@ -122,7 +127,7 @@ def _flow(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
 
 
 def _ode(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
-  weights.require(config, ('text', 'teacher', 'vae'))
+  weights.require(config, ('text', 'teacher', 'vae', *_towers(rec)))
   # For I2V the clips are read, which have captions and a first frame.
   prompts = None if rec.model.frame_channels else _prompts(config, rec, workdir)
   frozen = serving(config, rec, 'text')
@@ -179,7 +184,7 @@ def _clean_latents(config: ConfigDict, rec: Recipe, workdir: str) -> str:
 
 def _selfforcing(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
   critic = 'critic' if 'critic' in config.weights else 'teacher'
-  weights.require(config, sorted({'text', 'vae', 'teacher', 'init', critic}))
+  weights.require(config, sorted({'text', 'vae', 'teacher', 'init', critic, *_towers(rec)}))
   shapes = weights.shapes('dit', rec.model)
 
   def start():

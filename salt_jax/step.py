@@ -76,10 +76,15 @@ def given_frames(batch, recipe: Recipe) -> Float[Array, 'b f h w c'] | None:
   return condition(batch['condition']) if recipe.model.frame_channels else None
 
 
+def given_image(batch, recipe: Recipe) -> Float[Array, 'b i e'] | None:
+  """`Prompt.image` of a batch: its field `image`, rows of the CLIP tower; None for models without that input."""
+  return batch['image'].astype(jnp.float32) if recipe.model.image_dim else None
+
+
 def conditioning(frozen, batch, recipe: Recipe) -> tuple[Prompt, Prompt]:
-  """(prompts of a batch, the same with the unconditional text): both have the same frames (wan.md 5.4)."""
+  """(prompts of a batch, the same with the unconditional text): both have the same picture (wan.md 5.4)."""
   text = rows(frozen, batch, recipe)
-  prompt = Prompt(text, frames=given_frames(batch, recipe))
+  prompt = Prompt(text, given_image(batch, recipe), given_frames(batch, recipe))
   others = negatives(frozen, batch, text.shape[0])
   return prompt, prompt.replace(text=rows(frozen, others, recipe))
 
@@ -243,7 +248,7 @@ def flow_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple[T
 
   def loss_fn(params):
     rows = text_model.encode(params['text'], ids, mask, recipe.text)
-    text = Prompt(rows, frames=given_frames(batch, recipe))
+    text = Prompt(rows, given_image(batch, recipe), given_frames(batch, recipe))
     model = _model(recipe.model, params['dit'], wan.Clip())
     x0 = batch['latents'].astype(jnp.float32)
     per_example, aux = flow_matching_loss(model, x0, text, loss_keys, recipe.flow_shift)

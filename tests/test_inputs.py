@@ -233,6 +233,7 @@ STAGES = {
   'causal_cd': lambda: causal_init.get_config('nano,causal_cd'),
   'vae': lambda: pretrain.get_config('vae'),
   'teacher': lambda: pretrain.get_config('teacher'),
+  'tower': lambda: tiny_config.get_tower('weights'),
   'teacher_i2v': lambda: pretrain.get_config('teacher,i2v'),
 }
 
@@ -264,7 +265,12 @@ def test_the_configs_that_ship_are_accepted():
     ('selfforcing', I2V | {'data.kind': 'clips'}, 'no section "latents": set latents.count and latents.batch'),
     ('selfforcing', {'data.kind': 'clips'}, 'data.kind=clips does not fit model.in_channels=16: choose captions or'),
     ('selfforcing', I2V | {'size': '14b'}, 'I2V is trained in the nano world alone'),
-    ('selfforcing', {'model.image_dim': 1280}, 'model.image_dim=1280 wants the rows of a CLIP tower'),
+    ('selfforcing', {'model.image_dim': 1280}, 'model.image_dim=1280 wants the rows of a CLIP tower: give the config'),
+    ('tower', {'model.image_dim': 20}, 'model.image_dim=20 must equal 24, the width of the CLIP tower.'),
+    ('tower', {'teacher.image_len': 20}, 'teacher.image_len=20 must equal 10, the rows for one picture of the CLIP'),
+    ('tower', {'teacher.image_dim': 0}, 'teacher.image_dim=0 must equal model.image_dim=24: both are given rows of'),
+    ('tower', {'model.in_channels': 16}, 'model.image_dim=24 is of image-to-video: set model.in_channels for given'),
+    ('tower', {'weights.clip': ''}, 'model.image_dim=24 wants the rows of a CLIP tower: give the config a section'),
     ('selfforcing', {'model.out_channels': 8}, 'model.out_channels=8 must equal vae.z_dim=16.'),
     ('selfforcing', {'teacher.text_dim': 32}, 'teacher.text_dim=32 must equal text.dim=64.'),
     ('selfforcing', {'text.heads': 3}, 'dim_attn 64 does not divide into 3 heads.'),

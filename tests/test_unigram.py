@@ -37,6 +37,7 @@ PROMPTS = [
   'emoji 😀🎬 👨‍👩‍👧 unseen 🦄 ☃',
   'fish &amp; chips &lt;tag&gt; &amp;quot;twice&amp;quot; &#39;x&#39;',
   'sÃ¼Ã¶ mojibake â€œquotesâ€\x9d',
+  '<b> thrice escaped &amp;amp;amp; here',
   'zero\u200bwidth, nbsp\u00a0space, ideographic\u3000space, \u2003em, soft\u00adhyphen',
   'tab\x0bvertical \x1c separators \x85 next',
   '▁under ▁ bars _ _',
