@@ -117,6 +117,11 @@ def check(config: ConfigDict) -> None:
       f'log.samples_every={config.log.samples_every} samples captions alone, and this student is given first frames: '
       'set it to 0.'
     )
+  if any(_values(config, 'log.samples_every')) and config.data.kind == 'text_store':
+    raise InputError(
+      f'log.samples_every={config.log.samples_every} samples captions, and data.kind=text_store leaves the encoder '
+      'away: set it to 0.'
+    )
   _check_causal(config)
   _check_clips(config)
 

@@ -9,12 +9,12 @@ example's place in the sequence, from which the caller derives its noise.
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import grain
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from salt_jax import clips as world
 from salt_jax import prompts
@@ -192,7 +192,7 @@ def store_batches(folder: str, feed: Feed, fields: tuple[str, ...] = ()) -> Iter
     each field [b ...], index int64 [b], row int64 [b] (number of the record in the store).
 
   Raises:
-    InputError: the store is unfinished or damaged, or lacks a field.
+    InputError: the store is unfinished or damaged, lacks a field, or has one that varies in size.
   """
   store = Store(folder)
   names = fields or tuple(store.fields)
@@ -201,12 +201,56 @@ def store_batches(folder: str, feed: Feed, fields: tuple[str, ...] = ()) -> Iter
     raise InputError(
       f"store {folder} has no field '{lacking[0]}': it has {', '.join(store.fields)}."
     )
+  varying = [name for name in names if store.fields[name].varies]
+  if varying:
+    raise InputError(
+      f"store {folder} has texts in its field '{varying[0]}': set data.kind=text_store."
+    )
   order = _shuffled(feed, len(store))
 
   def make(positions: np.ndarray) -> Batch:
     rows = np.array([order[int(position)] for position in positions], np.int64)
     records = [store[int(row)] for row in rows]
     batch = {name: np.stack([record[name] for record in records]) for name in names}
+    return batch | {'index': positions, 'row': rows}
+
+  return _stream(feed, make)
+
+
+def padded(rows: Sequence[Float[np.ndarray, '_ d']], length: int) -> Float[np.ndarray, 'b n d']:
+  """Encoder rows of texts, zero behind each."""
+  out = np.zeros((len(rows), length, rows[0].shape[1]), rows[0].dtype)
+  for i, row in enumerate(rows):
+    out[i, : len(row)] = row
+  return out
+
+
+def text_store(folder: str, length: int, feed: Feed) -> Iterator[Batch]:
+  """Prompts that `precompute.texts` encoded, shuffled anew in every epoch.
+
+  Args:
+    folder: a finished store.
+    length: rows to pad to.
+    feed: which part to read.
+
+  Yields:
+    text bfloat16 [b n d], index int64 [b], row int64 [b] (number of the prompt, from 0); and if the prompts' file has
+    negative prompts, negative_text and has_negative bool [b].
+
+  Raises:
+    InputError: the store is unfinished or damaged.
+  """
+  store = Store(folder)
+  order = _shuffled(feed, len(store))
+
+  def make(positions: np.ndarray) -> Batch:
+    rows = np.array([order[int(position)] for position in positions], np.int64)
+    records = [store[int(row)] for row in rows]
+    batch = {'text': padded([record['text'] for record in records], length)}
+    if store.config['negatives']:
+      own = [record['negative'] for record in records]
+      batch['negative_text'] = padded(own, length)
+      batch['has_negative'] = np.array([len(x) > 0 for x in own])
     return batch | {'index': positions, 'row': rows}
 
   return _stream(feed, make)

@@ -1,13 +1,14 @@
-"""What a stage computes once and keeps in its workdir: latents of clips, and trajectories of the teacher.
+"""What is computed once and kept: latents of clips and trajectories of the teacher in a stage's workdir, and texts.
 
+  python -m salt_jax.precompute --config=configs/selfforcing.py:1.3b --prompts=prompts.txt --output=texts
+
+encodes a file of prompts for `data.kind=text_store`, `data.path=texts`; training then needs no text encoder.
 Each process writes the shards whose number is its own modulo the process count; a killed run goes on at the first
 missing shard.
 """
 
 import dataclasses
 import functools
-import logging
-import os
 from collections.abc import Callable, Iterator
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from salt_jax import data, images, recipe, weights
+from salt_jax import cli, data, images, recipe, text_store, weights
 from salt_jax.diffusion import flow, forcing, solvers
 from salt_jax.diffusion.conditioning import known_video
 from salt_jax.errors import InputError
@@ -23,33 +24,15 @@ from salt_jax.models import clip, vae, wan
 from salt_jax.recipe import Recipe
 from salt_jax.sharding import over_local_devices
 from salt_jax.step import conditioning, to_unit
-from salt_jax.store import Field, Store, StoreWriter
-
-log = logging.getLogger(__name__)
+from salt_jax.store import Field, Store, fill
 
 
-def _fill(
-  folder: str, fields: dict, count: int, shard: int, facts: dict, make: Callable[[int], dict]
-) -> str:
-  """Writes the missing shards of a store with `make(number)`, and finishes it."""
+def _shards(count: int, shard: int) -> int:
   if count % shard:
     raise InputError(
       f'{count} records do not divide into shards of {shard}: change count or batch.'
     )
-  writer = StoreWriter(folder, fields, count // shard, facts)
-  if not os.path.exists(os.path.join(folder, 'index.json')):
-    todo = [n for n in writer.missing() if n % jax.process_count() == jax.process_index()]
-    for done, number in enumerate(todo, 1):
-      writer.write(number, make(number))
-      if done % 10 == 0 or done == len(todo):
-        log.info('precompute: %d of %d shards', done, len(todo))
-    if jax.process_count() > 1:
-      from jax.experimental import multihost_utils
-
-      multihost_utils.sync_global_devices('precompute')
-    if jax.process_index() == 0:
-      writer.finish()
-  return folder
+  return count // shard
 
 
 def _from(
@@ -148,7 +131,9 @@ def conditions(config: ConfigDict, rec: Recipe, folder: str) -> str:
   batch, facts = config.latents.batch, {'seed': config.seed, 'video': dict(config.video)}
   clips, common = _clips(config, rec, 1, batch), _conditioner(config, rec)
   fields = _fields(config, rec)
-  return _fill(folder, fields, config.latents.count, batch, facts, lambda n: common(clips(n)))
+  return fill(
+    folder, fields, _shards(config.latents.count, batch), facts, lambda n: common(clips(n))
+  )
 
 
 def latents(config: ConfigDict, rec: Recipe, folder: str) -> str:
@@ -164,7 +149,7 @@ def latents(config: ConfigDict, rec: Recipe, folder: str) -> str:
     return {'latents': np.asarray(run(params, over_local_devices(item['video'])))} | common(item)
 
   fields = _fields(config, rec, latents=Field(recipe.latent_shape(config), 'float16'))
-  return _fill(folder, fields, config.latents.count, batch, facts, make)
+  return fill(folder, fields, _shards(config.latents.count, batch), facts, make)
 
 
 def given_latents(config: ConfigDict, rec: Recipe) -> str:
@@ -235,7 +220,7 @@ def ode_pairs(
     return {'trajectory': np.asarray(run(teacher, frozen, batch))} | record
 
   facts = {'seed': config.seed, 'pairs': dict(pairs), 'shift': rec.schedule.shift}
-  return _fill(folder, fields, pairs.count, pairs.batch, facts, make)
+  return fill(folder, fields, _shards(pairs.count, pairs.batch), facts, make)
 
 
 def causal_pairs(config: ConfigDict, rec: Recipe, frozen: dict, clean: str, folder: str) -> str:
@@ -284,4 +269,8 @@ def causal_pairs(config: ConfigDict, rec: Recipe, frozen: dict, clean: str, fold
 
   fields = _fields(config, rec, trajectory=Field((keep + 2, *shape), 'float32'))
   facts = {'seed': config.seed, 'pairs': dict(pairs), 'shift': rec.schedule.shift}
-  return _fill(folder, fields, pairs.count, pairs.batch, facts, make)
+  return fill(folder, fields, _shards(pairs.count, pairs.batch), facts, make)
+
+
+if __name__ == '__main__':
+  cli.run(text_store.program, text_store.define_flags)

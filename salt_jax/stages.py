@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -10,15 +10,11 @@ import numpy as np
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from salt_jax import causal_steps, clips, data, precompute, step, weights
+from salt_jax import causal_steps, data, precompute, step, text_store, weights
 from salt_jax.errors import InputError
 from salt_jax.models import text, vae, wan
-from salt_jax.models.text import WordTokenizer
-from salt_jax.models.unigram import UnigramTokenizer
 from salt_jax.recipe import Recipe
-
-# An encoder's table may have rows that its tokenizer's files do not know: sentinels (300 in UMT5) and padding to 128.
-SPARE_IDS = 512
+from salt_jax.tokens import negative, tokenizer
 
 
 class StepSpec(NamedTuple):
@@ -48,41 +44,26 @@ class Stage(NamedTuple):
   steps: tuple[StepSpec, ...]
 
 
-def tokenizer(config: ConfigDict, rec: Recipe) -> WordTokenizer | UnigramTokenizer:
-  """The nano world's words, or UMT5's pieces from the folder `weights.tokenizer`.
-
-  Raises:
-    InputError: no tokenizer there, or of another vocabulary than the text encoder's.
-  """
-  if config.size == 'nano':
-    return WordTokenizer(clips.NANO_WORDS, rec.text_length)
-  pieces = UnigramTokenizer(config.weights.tokenizer, rec.text_length)
-  if not 0 <= rec.text.vocab - pieces.size < SPARE_IDS:
-    raise InputError(
-      f'the tokenizer in {config.weights.tokenizer} has {pieces.size} ids, but text.vocab={rec.text.vocab}: '
-      'take the tokenizer of this encoder.'
-    )
-  return pieces
-
-
 def serving(config: ConfigDict, rec: Recipe, *names: str) -> dict[str, PyTree]:
   """The frozen networks a stage asks for, and the unconditional prompt."""
   weights.require(config, names)
-  frozen = {'negative': negative(config, rec)}
+  return {'negative': negative(config, rec)} | _networks(config, rec, names)
+
+
+def _stored(config: ConfigDict, rec: Recipe, *names: str) -> dict[str, PyTree]:
+  """The same for prompts that were encoded before."""
+  rows = data.padded([text_store.negative_rows(config, rec)], rec.text_length)
+  return {'negative': {'text': rows}} | _networks(config, rec, names)
+
+
+def _networks(config: ConfigDict, rec: Recipe, names: Sequence[str]) -> dict[str, PyTree]:
+  frozen = {}
   for name in names:
     network = weights.NETWORKS.get(name, 'dit')
     cfg = {'vae': rec.vae, 'text': rec.text}.get(name, rec.teacher)
     params = weights.load(config.weights[name], network, cfg)
     frozen[name] = weights.narrowed(params, cfg.dtype)
   return frozen
-
-
-def negative(config: ConfigDict, rec: Recipe) -> dict[str, np.ndarray]:
-  """ids and mask `[1 n]` of the unconditional prompt: `config.negative`, and for nano, which has no such field, ''."""
-  words = tokenizer(config, rec)
-  text = '' if config.size == 'nano' else config.negative
-  ids, mask = words([text]) if text else words.empty(1)
-  return {'ids': ids, 'mask': mask}
 
 
 def _random(cfgs: dict, seed: int) -> dict[str, PyTree]:
@@ -184,7 +165,10 @@ def _clean_latents(config: ConfigDict, rec: Recipe, workdir: str) -> str:
 
 def _selfforcing(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
   critic = 'critic' if 'critic' in config.weights else 'teacher'
-  weights.require(config, sorted({'text', 'vae', 'teacher', 'init', critic, *_towers(rec)}))
+  # Of a store's rows the encoder is not needed, but for the report of nano.
+  stored = config.data.kind == 'text_store'
+  encoder = () if stored and config.size != 'nano' else ('text',)
+  weights.require(config, sorted({'vae', 'teacher', 'init', critic, *encoder, *_towers(rec)}))
   shapes = weights.shapes('dit', rec.model)
 
   def start():
@@ -197,7 +181,7 @@ def _selfforcing(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
   return Stage(
     shapes={'generator': shapes, 'critic': shapes},
     start=start,
-    frozen=serving(config, rec, 'teacher', 'text'),
+    frozen=_stored(config, rec, 'teacher') if stored else serving(config, rec, 'teacher', 'text'),
     averaged=('generator',),
     steps=(
       StepSpec('generator', step.generator_step, config.generator_every, feed),
@@ -215,7 +199,12 @@ def _prompts(config: ConfigDict, rec: Recipe, workdir: str) -> Callable[[data.Fe
   if config.data.kind == 'prompts':
     tokens = data.tokenized(config.data.path, tokenizer(config, rec))
     return functools.partial(data.token_batches, tokens)
-  raise InputError(f'data.kind={config.data.kind} is unknown: choose captions, clips or prompts.')
+  if config.data.kind == 'text_store':
+    text_store.negative_rows(config, rec)
+    return functools.partial(data.text_store, config.data.path, rec.text_length)
+  raise InputError(
+    f'data.kind={config.data.kind} is unknown: choose captions, clips, prompts or text_store.'
+  )
 
 
 def build(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:

@@ -8,6 +8,7 @@ statistics, logits and softmax are float32, everything else runs in `TextConfig.
 import dataclasses
 import difflib
 import functools
+import hashlib
 import string
 from collections.abc import Sequence
 
@@ -203,6 +204,7 @@ class WordTokenizer:
     vocabulary: the words, in lower case; a word's id is its place in it plus 3.
     length: ids a prompt is padded to, `</s>` included.
     size: number of ids, the `vocab` of the encoder.
+    digest: SHA-256 of the vocabulary.
   """
 
   def __init__(self, vocabulary: tuple[str, ...], length: int):
@@ -215,6 +217,7 @@ class WordTokenizer:
     self.vocabulary = tuple(vocabulary)
     self.length = length
     self.size = len(_SPECIALS) + len(vocabulary)
+    self.digest = hashlib.sha256(' '.join(vocabulary).encode()).hexdigest()
     self._ids = {word: i for i, word in enumerate(vocabulary, start=len(_SPECIALS))}
 
   def __call__(self, prompts: list[str]) -> tuple[Int[np.ndarray, 'b n'], Bool[np.ndarray, 'b n']]:

@@ -5,6 +5,7 @@ sentencepiece model that it was made from. The two may differ in characters that
 in bytes where its conversion says `<unk>`.
 """
 
+import hashlib
 import html
 import importlib
 import os
@@ -109,6 +110,7 @@ class UnigramTokenizer:
   Attributes:
     length: ids a prompt is padded or cut to, `</s>` included; Wan's is 512.
     size: number of ids that the files know.
+    digest: SHA-256 of the file that is read.
 
   Args:
     folder: folder of `tokenizer.json` or `spiece.model`.
@@ -121,6 +123,8 @@ class UnigramTokenizer:
   def __init__(self, folder: str, length: int):
     _library('ftfy')
     self._pieces = _read(folder)
+    with open(find(folder), 'rb') as file:
+      self.digest = hashlib.file_digest(file, 'sha256').hexdigest()
     self.length = length
     self.size = self._pieces.size
 
