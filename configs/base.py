@@ -216,6 +216,9 @@ def first_frames(config: ConfigDict) -> None:
       'runs/causal_init-nano-i2v/export/causal_init-nano-i2v-generator.safetensors'
     )
   else:
+    # Of first frames that were encoded elsewhere: fields ids, mask, condition (latents), image (rows of CLIP).
+    config.data = dict(kind='store', path='first_frames')
+    del config.latents
     config.negative = WAN_NEGATIVE_I2V
     config.clip = _section(clip.vit_h_14())
     config.weights.clip = 'weights/models_clip_open-clip-xlm-roberta-large-vit-huge-14.safetensors'

@@ -230,17 +230,18 @@ def _check_first_frames(config: ConfigDict) -> None:
       f'teacher.image_dim={towers[0]} must equal model.image_dim={towers[1]}: both are given rows of the CLIP tower, '
       'or neither.'
     )
-  given, wanted = config.data.kind == 'clips', model.in_channels > z_dim
-  if wanted and config.size != 'nano':
+  kind, wanted = config.data.kind, model.in_channels > z_dim
+  if wanted and config.size != 'nano' and kind != 'store':
     raise InputError(
-      f'I2V is trained in the nano world alone: {config.name} has no clips to take first frames from.'
+      f'{config.name} has no clips to take first frames from: set data.kind=store, and data.path to a store of ids, '
+      'mask, condition and image.'
     )
-  if config.stage == 'selfforcing' and given != wanted:
+  if config.stage == 'selfforcing' and (kind in ('clips', 'store')) != wanted:
     kinds = 'clips, which have a first frame' if wanted else 'captions or prompts'
     raise InputError(
-      f'data.kind={config.data.kind} does not fit model.in_channels={model.in_channels}: choose {kinds}.'
+      f'data.kind={kind} does not fit model.in_channels={model.in_channels}: choose {kinds}.'
     )
-  if config.stage == 'selfforcing' and given and 'latents' not in config:
+  if config.stage == 'selfforcing' and kind == 'clips' and 'latents' not in config:
     raise InputError(
       'the config has no section "latents": set latents.count and latents.batch, clips whose first frames are encoded.'
     )

@@ -126,6 +126,10 @@ def _conditioner(config: ConfigDict, rec: Recipe) -> Callable[[dict], dict]:
   return make
 
 
+def _taken(names: tuple[str, ...], item: dict) -> dict:
+  return {name: item[name] for name in names}
+
+
 def conditions(config: ConfigDict, rec: Recipe, folder: str) -> str:
   """Captions of `latents.count` training clips and their first frames; fields condition, ids, mask."""
   batch, facts = config.latents.batch, {'seed': config.seed, 'video': dict(config.video)}
@@ -152,16 +156,15 @@ def latents(config: ConfigDict, rec: Recipe, folder: str) -> str:
   return fill(folder, fields, _shards(config.latents.count, batch), facts, make)
 
 
-def given_latents(config: ConfigDict, rec: Recipe) -> str:
-  """The folder of latents that were made elsewhere, as `latents` makes them.
+def given_store(config: ConfigDict, rec: Recipe, **own: Field) -> str:
+  """The folder of a store that was made elsewhere, with the fields of `conditions` and a stage's own.
 
   Raises:
     InputError: no finished store, or records of another shape.
   """
   folder = config.data.path
   have = Store(folder).fields
-  wanted = _fields(config, rec, latents=Field(recipe.latent_shape(config), 'float16'))
-  for name, field in wanted.items():
+  for name, field in _fields(config, rec, **own).items():
     if name not in have or have[name].shape != field.shape:
       found = have[name].shape if name in have else 'absent'
       raise InputError(
@@ -170,12 +173,17 @@ def given_latents(config: ConfigDict, rec: Recipe) -> str:
   return folder
 
 
+def given_latents(config: ConfigDict, rec: Recipe) -> str:
+  """The same of latents, as `latents` makes them."""
+  return given_store(config, rec, latents=Field(recipe.latent_shape(config), 'float16'))
+
+
 def ode_pairs(
   config: ConfigDict,
   rec: Recipe,
   frozen: dict,
   folder: str,
-  prompts: Callable[[data.Feed], Iterator],
+  prompts: Callable[[data.Feed], Iterator] | None,
 ) -> str:
   """Teacher trajectories; fields trajectory float16 `[p f h w c]` (kept inputs, then the end) and ids, mask, for I2V
   condition and image.
@@ -187,7 +195,7 @@ def ode_pairs(
     rec: its recipe.
     frozen: text encoder and unconditional prompt.
     folder: where the pairs go.
-    prompts: batches of tokenised prompts; for I2V clips are read instead.
+    prompts: batches of tokenised prompts, for I2V with what is given; None reads clips.
   """
   keep, pairs = rec.schedule.steps[0], config.pairs
   weights.require(config, ['teacher'])
@@ -206,11 +214,11 @@ def ode_pairs(
       apply, teacher, noise, texts, sigmas, pairs.guidance, keep=keep
     ).astype(jnp.float16)
 
-  common = _conditioner(config, rec)
-  if rec.model.frame_channels:
-    batches = _clips(config, rec, 1, pairs.batch)
+  if prompts is None:
+    batches, common = _clips(config, rec, 1, pairs.batch), _conditioner(config, rec)
   else:
     batches = _from(prompts, pairs.batch, config)
+    common = functools.partial(_taken, tuple(_fields(config, rec)))
 
   def make(number):
     item = batches(number)

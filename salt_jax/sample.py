@@ -20,7 +20,7 @@ from absl import flags
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 from ml_collections import ConfigDict
 
-from salt_jax import checkpoint, cli, precompute, recipe, stages, video, weights
+from salt_jax import checkpoint, cli, images, precompute, recipe, stages, video, weights
 from salt_jax.checks import FEW_STEP, MAX_STEPS
 from salt_jax.diffusion import flow, rollout, solvers
 from salt_jax.errors import InputError
@@ -251,10 +251,10 @@ def _check(args) -> None:
 def first_image(
   path: str | None, config: ConfigDict, rec: Recipe
 ) -> UInt8[np.ndarray, 'h w 3'] | None:
-  """The picture that an I2V student begins with.
+  """The picture that an I2V student begins with; those of the nano world have one size, others are `fitted` to theirs.
 
   Raises:
-    InputError: the student takes none or wants one, or it is no picture, or of another size.
+    InputError: the student takes none or wants one, or it is no picture, or for nano of another size.
   """
   if not rec.model.frame_channels:
     if path:
@@ -266,11 +266,27 @@ def first_image(
       f'pass --image: this student continues a picture of {size[1]}x{size[0]} pixels.'
     )
   image = video.read_image(path)
-  if image.shape[:2] != size:
+  if config.size == 'nano' and image.shape[:2] != size:
     raise InputError(
       f'--image={path} is {image.shape[1]}x{image.shape[0]}: scale it to {size[1]}x{size[0]} pixels.'
     )
   return image
+
+
+def fitted(
+  config: ConfigDict, rec: Recipe, picture: UInt8[np.ndarray, 'h w 3']
+) -> tuple[ConfigDict, Recipe, Float[Array, '1 1 rows columns 3']]:
+  """Config and recipe for a video of the picture's shape and the config's area, and its first frame (wan.md 5.5).
+
+  The frame is as torch resizes it: not antialiased, and neither rounded nor clamped to 0 .. 255.
+  """
+  size = config.video.height, config.video.width
+  if config.size != 'nano':
+    config = config.copy_and_resolve_references()
+    size = images.video_size(*picture.shape[:2], size[0] * size[1])
+    config.video.height, config.video.width = size
+    rec = recipe.build(config)
+  return config, rec, images.bicubic(jnp.asarray(picture, jnp.float32), size)[None, None]
 
 
 def program() -> None:
@@ -278,12 +294,15 @@ def program() -> None:
   _check(args)
   config, rec, params = load(args.checkpoint)
   image = first_image(args.image, config, rec)
+  if image is not None:
+    config, rec, first = fitted(config, rec, image)
   frozen = stages.serving(config, rec, 'text', 'vae')
   ids, mask = stages.tokenizer(config, rec)(list(args.prompt))
   batch = ids, mask, args.seed + np.arange(len(ids), dtype=np.int32)
   if image is not None:
-    first = np.broadcast_to(image, (len(ids), 1, *image.shape))
-    batch += tuple(precompute.given(config, rec)(first).values())
+    # CLIP sees the picture itself.
+    fields = precompute.given(config, rec)(first, image[None])
+    batch += tuple(jnp.repeat(x, len(ids), axis=0) for x in fields.values())
   began = time.monotonic()
   if args.stream:
     parts = []

@@ -109,8 +109,9 @@ def _flow(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
 
 def _ode(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
   weights.require(config, ('text', 'teacher', 'vae', *_towers(rec)))
-  # For I2V the clips are read, which have captions and a first frame.
-  prompts = None if rec.model.frame_channels else _prompts(config, rec, workdir)
+  # For I2V the clips are read, which have captions and first frames, unless a store has both.
+  clips = rec.model.frame_channels and config.data.kind != 'store'
+  prompts = None if clips else _prompts(config, rec, workdir)
   frozen = serving(config, rec, 'text')
   folder = precompute.ode_pairs(config, rec, frozen, os.path.join(workdir, 'pairs'), prompts)
   return _generator(config, rec, 'teacher', frozen, (step.ode_step, folder))
@@ -194,6 +195,8 @@ def _prompts(config: ConfigDict, rec: Recipe, workdir: str) -> Callable[[data.Fe
   if config.data.kind == 'clips':
     folder = precompute.conditions(config, rec, os.path.join(workdir, 'conditions'))
     return functools.partial(data.store_batches, folder)
+  if config.data.kind == 'store':
+    return functools.partial(data.store_batches, precompute.given_store(config, rec))
   if config.data.kind == 'captions':
     return functools.partial(data.captions, length=rec.text_length)
   if config.data.kind == 'prompts':
@@ -203,7 +206,7 @@ def _prompts(config: ConfigDict, rec: Recipe, workdir: str) -> Callable[[data.Fe
     text_store.negative_rows(config, rec)
     return functools.partial(data.text_store, config.data.path, rec.text_length)
   raise InputError(
-    f'data.kind={config.data.kind} is unknown: choose captions, clips, prompts or text_store.'
+    f'data.kind={config.data.kind} is unknown: choose captions, clips, prompts, store or text_store.'
   )
 
 

@@ -264,7 +264,8 @@ def test_the_configs_that_ship_are_accepted():
     ('selfforcing', I2V, 'data.kind=captions does not fit model.in_channels=36: choose clips, which have a first'),
     ('selfforcing', I2V | {'data.kind': 'clips'}, 'no section "latents": set latents.count and latents.batch'),
     ('selfforcing', {'data.kind': 'clips'}, 'data.kind=clips does not fit model.in_channels=16: choose captions or'),
-    ('selfforcing', I2V | {'size': '14b'}, 'I2V is trained in the nano world alone'),
+    ('selfforcing', I2V | {'size': '14b'}, 'has no clips to take first frames from: set data.kind=store'),
+    ('selfforcing', {'data.kind': 'store'}, 'data.kind=store does not fit model.in_channels=16: choose captions or'),
     ('selfforcing', {'model.image_dim': 1280}, 'model.image_dim=1280 wants the rows of a CLIP tower: give the config'),
     ('tower', {'model.image_dim': 20}, 'model.image_dim=20 must equal 24, the width of the CLIP tower.'),
     ('tower', {'teacher.image_len': 20}, 'teacher.image_len=20 must equal 10, the rows for one picture of the CLIP'),
@@ -305,6 +306,7 @@ def test_the_configs_that_ship_are_accepted():
     ('selfforcing', {'log.every': 0}, 'log.every=0 must be positive.'),
     ('selfforcing', {'log.samples': 0}, 'log.samples=0 must be positive.'),
     ('selfforcing', {'log.samples_every': -1}, 'log.samples_every=-1 must be zero or positive.'),
+    ('selfforcing', {'log.samples_every': 9, 'data.kind': 'text_store'}, 'data.kind=text_store leaves the encoder'),
     ('vae', {'log.samples_every': 9}, 'the stage "vae" does not train: set it to 0.'),
     ('selfforcing', {'generator_every': 0}, 'generator_every=0 must be positive.'),
     ('selfforcing', {'dmd.t_min': 990.0}, 'dmd.t_min=990.0 must be below dmd.t_max=980.0'),
@@ -366,7 +368,13 @@ def test_what_the_autoregressive_model_leaves_is_asked_for(name, folder, tmp_pat
 
 
 @pytest.mark.parametrize(
-  'changes, words', [({'stage': 'gan'}, 'choose one of'), ({'data.kind': 'x'}, 'choose captions')]
+  'changes, words',
+  [
+    ({'stage': 'gan'}, 'choose one of'),
+    ({'data.kind': 'x'}, 'choose captions'),
+    ({'data.kind': 'prompts', 'data.path': 'nowhere.txt'}, 'prompt file nowhere.txt is missing'),
+    ({'data.kind': 'text_store', 'data.path': 'nowhere'}, 'nowhere/index.json is missing or unreadable'),
+  ],
 )
 def test_unknown_kinds_are_refused(folder, changes, words, tmp_path):
   config = tiny_config.get_config(folder)

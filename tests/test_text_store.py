@@ -108,18 +108,22 @@ def test_training_on_the_store_equals_encoding_as_one_goes(world, tmp_path):
   for kind, path in (('text_store', config.data.path), ('prompts', prompts)):
     own = config.copy_and_resolve_references()
     own.data, own.total_steps = dict(kind=kind, path=path), 2
+    own.optim.generator.lr = 1e-2
     run = tmp_path / kind
     assert train.run(own, str(run)) == {'generator': 1, 'critic': 1}
     lines = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
     exports.append((lines, safetensors.numpy.load_file(next((run / 'export').iterdir()))))
   (one, weights), (other, others) = exports
   assert len(one) == len(other) == 2
-  for a, b in zip(one, other, strict=True):
-    for name in (n for n in a if 'loss' in n or 'norm' in n):
-      # The stored bfloat16 is what the encoder computes; only its padding to another length reorders sums.
-      assert a[name] == pytest.approx(b[name], rel=0.02, abs=1e-4), name
-  for name in weights:
-    np.testing.assert_allclose(weights[name], others[name], atol=2e-3, err_msg=name)
+  # The stored bfloat16 is what the encoder computes with, but a program of its own rounds at other places.
+  for name in (n for n in one[0] if 'loss' in n or 'norm' in n):
+    assert one[0][name] == pytest.approx(other[0][name], rel=5e-3), name
+  start = safetensors.numpy.load_file(config.weights.init)
+  apart, moved = (
+    np.mean(np.concatenate([np.abs(weights[name] - x[name]).ravel() for name in weights]))
+    for x in (others, start)
+  )
+  assert moved > 1e-4 and apart < 0.03 * moved
 
 
 def test_the_encoder_is_not_among_the_frozen_networks(world, tmp_path):

@@ -3,9 +3,12 @@
 import jax
 import numpy as np
 import pytest
+import torch
 
+from configs import selfforcing
 from salt_jax import (
   clips,
+  data,
   evaluate,
   images,
   precompute,
@@ -104,3 +107,50 @@ def test_a_missing_tower_is_named_at_the_start(world, tmp_path):
   config.weights.clip = str(tmp_path / 'clip.safetensors')
   with pytest.raises(InputError, match=r'clip.safetensors \(weights.clip\)'):
     train.run(config, str(tmp_path / 'run'))
+
+
+def test_a_real_size_takes_the_picture_s_shape_and_nano_keeps_its_own(world):
+  """wan.md 5.5: the first frame is the picture as torch resizes it, for a video of its shape."""
+  config, rec, _ = world
+  real = selfforcing.get_config('14b,i2v')
+  picture = np.random.default_rng(0).integers(0, 256, (100, 150, 3), np.uint8)
+  own, own_rec, first = sample.fitted(real, recipe.build(real), picture)
+  size = images.video_size(100, 150, 480 * 832)
+  assert (own.video.height, own.video.width) == size == (512, 768)
+  assert own_rec.chunking.latent == (64, 96, 16) and real.video.height == 480
+  want = torch.nn.functional.interpolate(
+    torch.tensor(picture / 127.5 - 1, dtype=torch.float32).permute(2, 0, 1)[None],
+    size=size,
+    mode='bicubic',
+    align_corners=False,
+  )
+  np.testing.assert_allclose(
+    step.to_unit(first)[0, 0], want[0].permute(1, 2, 0).numpy(), atol=2e-4, rtol=0
+  )
+  square = picture[:32, :32]
+  same, same_rec, first = sample.fitted(config, rec, square)
+  assert same is config and same_rec is rec
+  np.testing.assert_array_equal(first[0, 0], square)
+
+
+def test_a_store_made_elsewhere_serves_a_real_size(world, tmp_path):
+  config, rec, _ = world
+  own = config.copy_and_resolve_references()
+  folder = precompute.conditions(own, rec, str(tmp_path / 'conditions'))
+  own.data = dict(kind='store', path=folder)
+  stage = stages.build(own, rec, str(tmp_path))
+  batch = next(stage.steps[0].feed(data.Feed(4)))
+  assert batch['image'].shape == (4, 10, 24) and batch['condition'].shape == (4, 6, 4, 4, 16)
+  ode = tiny_config.stage('ode', config.weights.init.rpartition('/')[0])
+  ode.model, ode.teacher, ode.clip, ode.data = own.model, own.teacher, own.clip, own.data
+  ode.weights.clip = config.weights.clip
+  ode.pairs.update(count=8, steps=4, batch=8)
+  stages.build(ode, recipe.build(ode), str(tmp_path))
+  pairs, given = Store(str(tmp_path / 'pairs')), Store(folder)
+  order = [int(row) for row in next(data.store_batches(folder, data.Feed(8, ode.seed)))['row']]
+  for i, row in enumerate(order):
+    np.testing.assert_array_equal(pairs[i]['image'], given[row]['image'])
+  own.clip.size = 56
+  own.model.image_len = own.teacher.image_len = 17
+  with pytest.raises(InputError, match=r'image is \(10, 24\), but the config asks for \(17, 24\).'):
+    stages.build(own, recipe.build(own), str(tmp_path))
