@@ -1,4 +1,4 @@
-"""Package metadata: `pip install -e .` for the library, with the extras tpu, gpu and dev."""
+"""Package metadata: `pip install -e .` for the library, with the extras tpu, gpu, wan and dev."""
 
 import setuptools
 
@@ -35,14 +35,21 @@ setuptools.setup(
   extras_require={
     'tpu': ['jax[tpu]>=0.10'],  # TPU runtime; also what plan compiles with on a CPU
     'gpu': ['jax[cuda13]>=0.10'],  # CUDA libraries
+    'wan': [  # prompts of the real sizes
+      'ftfy>=6.2',  # Wan's cleaning of prompts
+      'sentencepiece>=0.2',  # UMT5's spiece.model
+      'tokenizers>=0.20',  # UMT5's tokenizer.json
+    ],
     'dev': [
       'pytest>=8.0',
       'pytest-xdist>=3.6',  # tests in parallel
       'ruff>=0.9',
       'torch==2.13.0',  # the oracle networks of the parity tests run on it
       'diffusers>=0.35',  # Wan DiT and VAE as oracles
-      'transformers>=5.0',  # UMT5 as an oracle
-      'sentencepiece>=0.2',  # its tokenizer
+      'transformers>=5.0',  # UMT5, its tokenizer and CLIP as oracles
+      'ftfy>=6.2',  # what the extra wan brings, for its tests
+      'sentencepiece>=0.2',
+      'tokenizers>=0.20',
     ],
   },
 )

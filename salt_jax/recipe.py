@@ -20,6 +20,7 @@ from salt_jax.losses.causal import CausalConsistencyConfig, ForcingConfig
 from salt_jax.losses.consistency import ConsistencyConfig
 from salt_jax.losses.dmd import DMDConfig
 from salt_jax.models.cache import slots_needed
+from salt_jax.models.clip import ClipConfig
 from salt_jax.models.text import TextConfig
 from salt_jax.models.vae import VAEConfig
 from salt_jax.models.wan import PATCH, WanConfig
@@ -39,6 +40,7 @@ class Recipe:
   optimizers: Mapping
   ema_decay: float
   ema_start: int
+  clip: ClipConfig | None = None
   model: WanConfig | None = None
   teacher: WanConfig | None = None
   chunking: Chunking | None = None
@@ -77,6 +79,8 @@ def build(config: ConfigDict) -> Recipe:
   )
   if 'model' in config:
     fields['model'] = section(WanConfig, config, 'model')
+    if fields['model'].image_dim:
+      fields['clip'] = section(ClipConfig, config, 'clip')
   if 'teacher' in config:
     fields['teacher'] = section(WanConfig, config, 'teacher')
   if 'rollout' in config:

@@ -24,7 +24,7 @@ from absl import flags
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 from ml_collections import ConfigDict
 
-from salt_jax import checkpoint, cli, precompute, recipe, stages, video, weights
+from salt_jax import checkpoint, cli, images, precompute, recipe, stages, video, weights
 from salt_jax.checks import FEW_STEP, MAX_STEPS
 from salt_jax.diffusion import flow, rollout, solvers, streaming
 from salt_jax.errors import InputError
@@ -35,7 +35,7 @@ from salt_jax.step import conditioning, to_bytes
 
 log = logging.getLogger('salt_jax.sample')
 
-# Draws `(ids, mask, index[, condition]) -> latents`, condition for I2V as `precompute.first_frames` makes it; the noise
+# Draws `(ids, mask, index[, condition[, image]]) -> latents`, for I2V with what `precompute.given` makes; the noise
 # of a clip depends on its index alone, not on who samples.
 Sampler = Callable[..., Float[Array, 'b f h w c']]
 
@@ -46,7 +46,7 @@ def keys(rec: Recipe, index: Int[Array, 'b']) -> Key[Array, 'b']:
 
 
 def _prompts(frozen: PyTree, batch: tuple, rec: Recipe) -> tuple[Prompt, Prompt]:
-  names = ('ids', 'mask', 'index', 'condition')
+  names = ('ids', 'mask', 'index', 'condition', 'image')
   return conditioning(frozen, dict(zip(names, batch, strict=False)), rec)
 
 
@@ -358,10 +358,10 @@ def _check(args) -> None:
 def first_image(
   path: str | None, config: ConfigDict, rec: Recipe
 ) -> UInt8[np.ndarray, 'h w 3'] | None:
-  """The picture that an I2V student begins with.
+  """The picture that an I2V student begins with; those of the nano world have one size, others are `fitted` to theirs.
 
   Raises:
-    InputError: the student takes none or wants one, or it is no picture, or of another size.
+    InputError: the student takes none or wants one, or it is no picture, or for nano of another size.
   """
   if not rec.model.frame_channels:
     if path:
@@ -373,11 +373,27 @@ def first_image(
       f'pass --image: this student continues a picture of {size[1]}x{size[0]} pixels.'
     )
   image = video.read_image(path)
-  if image.shape[:2] != size:
+  if config.size == 'nano' and image.shape[:2] != size:
     raise InputError(
       f'--image={path} is {image.shape[1]}x{image.shape[0]}: scale it to {size[1]}x{size[0]} pixels.'
     )
   return image
+
+
+def fitted(
+  config: ConfigDict, rec: Recipe, picture: UInt8[np.ndarray, 'h w 3']
+) -> tuple[ConfigDict, Recipe, Float[Array, '1 1 rows columns 3']]:
+  """Config and recipe for a video of the picture's shape and the config's area, and its first frame (wan.md 5.5).
+
+  The frame is as torch resizes it: not antialiased, and neither rounded nor clamped to 0 .. 255.
+  """
+  size = config.video.height, config.video.width
+  if config.size != 'nano':
+    config = config.copy_and_resolve_references()
+    size = images.video_size(*picture.shape[:2], size[0] * size[1])
+    config.video.height, config.video.width = size
+    rec = recipe.build(config)
+  return config, rec, images.bicubic(jnp.asarray(picture, jnp.float32), size)[None, None]
 
 
 def program() -> None:
@@ -387,6 +403,8 @@ def program() -> None:
   rec = lengthened(config, rec, args.frames)
   _check_switches(args.switch_at, rec)
   image = first_image(args.image, config, rec)
+  if image is not None:
+    config, rec, first = fitted(config, rec, image)
   frozen = stages.serving(config, rec, 'text', 'vae')
   ids, mask = stages.tokenizer(config, rec)(list(args.prompt))
   switches = [
@@ -396,8 +414,9 @@ def program() -> None:
   count = 1 if switches else len(ids)
   batch = ids[:count], mask[:count], args.seed + np.arange(count, dtype=np.int32)
   if image is not None:
-    first = np.broadcast_to(image, (count, 1, *image.shape))
-    batch += (precompute.first_frames(rec, config.video.frames)(frozen['vae'], first),)
+    # CLIP sees the picture itself.
+    fields = precompute.given(config, rec)(first, image[None])
+    batch += tuple(jnp.repeat(x, count, axis=0) for x in fields.values())
   began = time.monotonic()
   if args.stream:
     parts = []

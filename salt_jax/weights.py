@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 
 from salt_jax import checkpoint, convert, tensor_files
 from salt_jax.errors import InputError
-from salt_jax.models import text, vae, wan
+from salt_jax.models import clip, text, unigram, vae, wan
 
-NETWORKS = {'vae': 'vae', 'text': 'umt5'}  # everything else is a DiT
+NETWORKS = {'vae': 'vae', 'text': 'umt5', 'clip': 'clip'}  # everything else is a DiT
 # What a run calls the averaged network of a kind.
 _AVERAGED = {'vae': ('vae_ema',), 'umt5': ('text_ema',), 'dit': ('generator_ema', 'dit_ema')}
 
@@ -43,6 +43,10 @@ def require(config: ConfigDict, names: Sequence[str]) -> None:
   """
   paths = {name: resolve(config.weights[name]) for name in names}
   missing = [f'{path} (weights.{name})' for name, path in paths.items() if not _is_there(path)]
+  if 'text' in names and config.size != 'nano' and not unigram.find(config.weights.tokenizer):
+    missing.append(
+      f'{" or ".join(unigram.FILES)} in {config.weights.tokenizer} (weights.tokenizer)'
+    )
   if missing:
     raise InputError(
       f"{config.name} needs weights that are not there: {', '.join(missing)}; put them there in Wan's own names as "
@@ -57,7 +61,7 @@ def _is_there(path: str) -> bool:
 
 def shapes(network: str, cfg) -> PyTree:
   """Shapes of a network's parameters; nothing is allocated."""
-  module = {'vae': vae, 'umt5': text, 'dit': wan}[network]
+  module = {'vae': vae, 'umt5': text, 'clip': clip, 'dit': wan}[network]
   return jax.eval_shape(lambda key: module.init_params(key, cfg), jax.random.key(0))
 
 

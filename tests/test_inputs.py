@@ -234,6 +234,7 @@ def test_a_wrong_command_is_refused_in_a_sentence(name, args, sentence, programs
       [
         *('selfforcing-1.3b needs weights that are not there: ', '--config=configs/selfforcing.py:nano runs'),
         *('weights/Wan2.1_VAE.safetensors (weights.vae)', 'weights/Wan2.1-T2V-14B.safetensors (weights.teacher)'),
+        'tokenizer.json or spiece.model in weights/google/umt5-xxl (weights.tokenizer)',
         *('weights/models_t5_umt5-xxl-enc-bf16.safetensors (weights.text)', '(weights.critic)', '(weights.init)'),
       ],
     ),
@@ -291,6 +292,7 @@ STAGES = {
   'causal_cd': lambda: causal_init.get_config('nano,causal_cd'),
   'vae': lambda: pretrain.get_config('vae'),
   'teacher': lambda: pretrain.get_config('teacher'),
+  'tower': lambda: tiny_config.get_tower('weights'),
   'teacher_i2v': lambda: pretrain.get_config('teacher,i2v'),
 }
 
@@ -332,8 +334,14 @@ def test_the_configs_that_ship_are_accepted():
     ('selfforcing', I2V, 'data.kind=captions does not fit model.in_channels=36: choose clips, which have a first'),
     ('selfforcing', I2V | {'data.kind': 'clips'}, 'no section "latents": set latents.count and latents.batch'),
     ('selfforcing', {'data.kind': 'clips'}, 'data.kind=clips does not fit model.in_channels=16: choose captions or'),
-    ('selfforcing', I2V | {'size': '14b'}, 'I2V is trained in the nano world alone'),
-    ('selfforcing', {'model.image_dim': 1280}, 'model.image_dim=1280 wants the rows of a CLIP tower'),
+    ('selfforcing', I2V | {'size': '14b'}, 'has no clips to take first frames from: set data.kind=store'),
+    ('selfforcing', {'data.kind': 'store'}, 'data.kind=store does not fit model.in_channels=16: choose captions or'),
+    ('selfforcing', {'model.image_dim': 1280}, 'model.image_dim=1280 wants the rows of a CLIP tower: give the config'),
+    ('tower', {'model.image_dim': 20}, 'model.image_dim=20 must equal 24, the width of the CLIP tower.'),
+    ('tower', {'teacher.image_len': 20}, 'teacher.image_len=20 must equal 10, the rows for one picture of the CLIP'),
+    ('tower', {'teacher.image_dim': 0}, 'teacher.image_dim=0 must equal model.image_dim=24: both are given rows of'),
+    ('tower', {'model.in_channels': 16}, 'model.image_dim=24 is of image-to-video: set model.in_channels for given'),
+    ('tower', {'weights.clip': ''}, 'model.image_dim=24 wants the rows of a CLIP tower: give the config a section'),
     ('selfforcing', {'model.out_channels': 8}, 'model.out_channels=8 must equal vae.z_dim=16.'),
     ('selfforcing', {'teacher.text_dim': 32}, 'teacher.text_dim=32 must equal text.dim=64.'),
     ('selfforcing', {'text.heads': 3}, 'dim_attn 64 does not divide into 3 heads.'),
@@ -368,6 +376,7 @@ def test_the_configs_that_ship_are_accepted():
     ('selfforcing', {'log.every': 0}, 'log.every=0 must be positive.'),
     ('selfforcing', {'log.samples': 0}, 'log.samples=0 must be positive.'),
     ('selfforcing', {'log.samples_every': -1}, 'log.samples_every=-1 must be zero or positive.'),
+    ('selfforcing', {'log.samples_every': 9, 'data.kind': 'text_store'}, 'data.kind=text_store leaves the encoder'),
     ('vae', {'log.samples_every': 9}, 'the stage "vae" does not train: set it to 0.'),
     ('selfforcing', {'generator_every': 0}, 'generator_every=0 must be positive.'),
     ('selfforcing', {'dmd.t_min': 990.0}, 'dmd.t_min=990.0 must be below dmd.t_max=980.0'),
@@ -441,7 +450,13 @@ def test_what_the_autoregressive_model_leaves_is_asked_for(name, folder, tmp_pat
 
 
 @pytest.mark.parametrize(
-  'changes, words', [({'stage': 'gan'}, 'choose one of'), ({'data.kind': 'x'}, 'choose captions')]
+  'changes, words',
+  [
+    ({'stage': 'gan'}, 'choose one of'),
+    ({'data.kind': 'x'}, 'choose captions'),
+    ({'data.kind': 'prompts', 'data.path': 'nowhere.txt'}, 'prompt file nowhere.txt is missing'),
+    ({'data.kind': 'text_store', 'data.path': 'nowhere'}, 'nowhere/index.json is missing or unreadable'),
+  ],
 )
 def test_unknown_kinds_are_refused(folder, changes, words, tmp_path):
   config = tiny_config.get_config(folder)

@@ -11,7 +11,7 @@ import numpy as np
 
 from configs import causal_init, pretrain, selfforcing
 from salt_jax import convert, weights
-from salt_jax.models import text, vae, wan
+from salt_jax.models import clip, text, vae, wan
 
 DIT = dict(
   dim=32, ffn_dim=48, heads=2, layers=2, text_dim=64, text_len=16, dtype='float32', remat=True
@@ -69,6 +69,16 @@ def get_streaming(folder):
   return config
 
 
+def get_tower(folder):
+  """The same with networks that are given rows of a CLIP tower too."""
+  config = get_i2v(folder)
+  config.clip = dict(size=42, patch=14, dim=24, mlp_dim=40, heads=3, layers=3, out_dim=10)
+  for name in ('model', 'teacher'):
+    config[name].update(image_dim=24, image_len=10)
+  config.weights.clip = f'{folder}/clip.safetensors'
+  return config
+
+
 def stage(name, folder):
   """A config of another stage; for the teacher 'teacher,i2v' too."""
   make = pretrain if name == 'vae' or name.startswith('teacher') else causal_init
@@ -91,9 +101,9 @@ def _write(folder, name, cfg, seed):
   convert.save_params(os.path.join(folder, f'{name}.safetensors'), params, network)
 
 
-def write_weights(folder, i2v=False):
+def write_weights(folder, i2v=False, tower=False):
   """Random networks in files, as a stage expects them."""
-  config = get_i2v(folder) if i2v else get_config(folder)
+  config = get_tower(folder) if tower else get_i2v(folder) if i2v else get_config(folder)
   cfgs = {
     'vae': vae.VAEConfig(
       **{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in config.vae.items()}
@@ -101,6 +111,8 @@ def write_weights(folder, i2v=False):
     'text': text.TextConfig(**config.text),
     **{name: wan.WanConfig(**config.model) for name in ('teacher', 'init', 'student', 'ar')},
   }
+  if tower:
+    cfgs['clip'] = clip.ClipConfig(**config.clip)
   for seed, (name, cfg) in enumerate(cfgs.items()):
     _write(folder, name, cfg, seed)
   return folder
