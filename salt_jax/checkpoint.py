@@ -71,6 +71,9 @@ class Checkpoints:
     if step == self.latest_step() or not (force or self._manager.should_save(step)):
       return False
     prints = {name: int(jax.device_get(fingerprint(tree))) for name, tree in items.items()}
+    if jax.default_backend() == 'cpu':
+      # There the host's view is the device's own memory, which the next step's donation overwrites.
+      items = jax.block_until_ready(_copied(dict(items)))
     args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
     args['info'] = ocp.args.JsonSave(dict(info) | {'step': int(step), 'fingerprints': prints})
     return self._manager.save(step, args=ocp.args.Composite(**args), force=force)
@@ -270,6 +273,11 @@ def fingerprint(tree: Any) -> UInt32[Array, '']:
   for leaf in jax.tree.leaves(tree):
     total = total * jnp.uint32(1000003) + _bit_sum(jnp.asarray(leaf))
   return total
+
+
+@jax.jit
+def _copied(tree: Any) -> Any:
+  return jax.tree.map(jnp.copy, tree)
 
 
 def _bit_sum(x: Array) -> UInt32[Array, '']:
