@@ -311,6 +311,10 @@ def _check_causal(config: ConfigDict) -> None:
 def _check_streaming(config: ConfigDict) -> None:
   """Long videos: a cache that does not grow, clips that follow each other, and the one loss that knows masks."""
   roll, new, frames = config.rollout, config.streaming.new, config.streaming.frames
+  if config.data.kind == 'text_store':
+    raise InputError(
+      'data.kind=text_store does not fit streaming, which encodes the prompt that it switches to: choose prompts.'
+    )
   if not 0 < roll.window <= roll.frames:
     raise InputError(
       f'rollout.window={roll.window} must be between 1 and rollout.frames={roll.frames} for streaming, which '

@@ -383,6 +383,7 @@ def test_the_configs_that_ship_are_accepted():
     ('selfforcing', {'ema.decay': 1.5}, 'ema.decay=1.5 must be between 0 and 1.'),
     ('selfforcing', {'optim.critic.clip': 0.0}, 'clip=0.0: the largest gradient norm must be positive.'),
     ('selfforcing', {'optim.critic.schedule': 'step'}, "schedule 'step' is unknown; use 'constant' or 'cosine'."),
+    ('streaming', {'data.kind': 'text_store'}, 'data.kind=text_store does not fit streaming, which encodes the prompt'),
     ('streaming', {'rollout.window': 0}, 'rollout.window=0 must be between 1 and rollout.frames=21 for streaming'),
     ('streaming', {'rollout.window': 24}, 'which recaches that many frames: choose backbone=longlive.'),
     ('streaming', {'streaming.new': 17}, 'streaming.new=17 must be a multiple of rollout.chunk=3 below rollout.frames'),
