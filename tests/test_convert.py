@@ -319,7 +319,7 @@ def test_wrong_naming_or_network_is_refused():
   with pytest.raises(InputError, match="not 'transformers'"):
     convert.rename(weights('t2v'), 'dit', 'transformers')
   with pytest.raises(InputError, match='unknown network'):
-    convert.from_wan({}, 'clip')
+    convert.from_wan({}, 'audio')
   with pytest.raises(InputError, match='blocks.ffn_0.gamma'):
     convert.to_wan({'blocks': {'ffn_0': {'gamma': np.ones((2, 3))}}}, 'dit')
   with pytest.raises(InputError, match='norm3.kernel'):
