@@ -1,4 +1,4 @@
-"""Package metadata: `pip install -e .` for the library, with the extras tpu, gpu, torch and dev."""
+"""Package metadata: `pip install -e .` for the library, with the extras tpu, gpu, torch, video and dev."""
 
 import setuptools
 
@@ -36,6 +36,7 @@ setuptools.setup(
     'tpu': ['jax[tpu]>=0.10'],  # TPU runtime; also what plan compiles with on a CPU
     'gpu': ['jax[cuda13]>=0.10'],  # CUDA libraries
     'torch': ['torch>=2.6'],  # reading .pt files
+    'video': ['av>=12.0'],  # MP4 files: samples, and what VBench reads
     'dev': [
       'pytest>=8.0',
       'pytest-xdist>=3.6',  # tests in parallel
@@ -44,6 +45,7 @@ setuptools.setup(
       'diffusers>=0.35',  # Wan DiT and VAE as oracles
       'transformers>=5.0',  # UMT5 as an oracle
       'sentencepiece>=0.2',  # its tokenizer
+      'av>=12.0',  # MP4 files are written and read back
     ],
   },
 )

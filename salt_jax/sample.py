@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from salt_jax import checkpoint, cli, precompute, recipe, stages, video, weights
 from salt_jax.checks import FEW_STEP, MAX_STEPS
+from salt_jax.codec import decoder
 from salt_jax.diffusion import flow, rollout, solvers
 from salt_jax.errors import InputError
 from salt_jax.models import vae, wan
@@ -122,14 +123,6 @@ def autoregressive(
     return lambda *batch: run(params, frozen, batch)
 
   return with_steps
-
-
-def decoder(
-  rec: Recipe, params: PyTree
-) -> Callable[[Float[Array, 'b f h w c']], UInt8[np.ndarray, 'b t h w 3']]:
-  """Latents to uint8 video, one clip at a time on the device, quantised there."""
-  run = jax.jit(lambda p, z: to_bytes(vae.decode(p, z, rec.vae)))
-  return lambda latents: np.concatenate([np.asarray(run(params, z[None])) for z in latents])
 
 
 @functools.partial(jax.jit, static_argnames=('cfg', 'first'))
