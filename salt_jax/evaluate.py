@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from salt_jax import (
   cli,
   clips,
+  codec,
   convert,
   diagnostics,
   judge,
@@ -166,7 +167,7 @@ def measure(
   """Draws `count` clips of each method, on the same captions and from the same noise, and judges them."""
   captions = clips.captions(split, np.arange(count), config.seed)
   ids, mask = stages.tokenizer(config, rec)(captions)
-  decode, opinion = sample.decoder(rec, vae_params), judge.train()
+  decode, opinion = codec.decoder(rec, vae_params), judge.train()
   out = []
   for method in rows:
     drawn, spent = [], []

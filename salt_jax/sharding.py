@@ -135,6 +135,12 @@ def over_local_devices(batch: Any) -> Any:
   return jax.device_put(batch, NamedSharding(mesh, PartitionSpec('rows')))
 
 
+def on_local_devices(tree: Any) -> Any:
+  """Copies of arrays on each of this process's devices, beside what `over_local_devices` split."""
+  mesh = Mesh(np.array(jax.local_devices()), ('rows',))
+  return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+
+
 def _spec(
   rule: Rule, name: str, shape: tuple[int, ...], mesh: Mesh, min_size: int
 ) -> PartitionSpec:

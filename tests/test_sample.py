@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from salt_jax import recipe, sample, stages, video
+from salt_jax import codec, recipe, sample, stages, video
 from salt_jax import weights as files
 from tests import tiny_config
 
@@ -34,7 +34,7 @@ def test_a_stream_equals_the_whole_clip(world, window):
   with config.unlocked():
     config.rollout.window = window
   rec = recipe.build(config)
-  whole = sample.decoder(rec, frozen['vae'])(sample.student(rec, frozen)(student, 2)(*batch))
+  whole = codec.decoder(rec, frozen['vae'])(sample.student(rec, frozen)(student, 2)(*batch))
   parts = list(sample.stream(rec, student, frozen, frozen['vae'], batch, 2))
   assert [p.shape[1] for p in parts] == [9, 12]
   streamed = np.concatenate(parts, axis=1)

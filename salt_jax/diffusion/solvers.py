@@ -12,7 +12,7 @@ from salt_jax.models.wan import Clip
 
 
 def guided_velocity(
-  apply: Callable, params, x, t, texts, scale: float | Float[Array, '']
+  apply: Callable, params, x, t, texts, scale: float | Float[Array, ''] | None
 ) -> Float[Array, 'b f h w c']:
   """Velocity with guidance, cond and uncond in one batch (equation of `flow.guide`).
 
@@ -22,10 +22,10 @@ def guided_velocity(
     x: noisy latents `[b f h w c]`.
     t: one timestep in [0, 1000] for all.
     texts: (prompts, unconditional prompts).
-    scale: the Python number 1 drops the second pass, an array never does.
+    scale: None, or the Python number 1, drops the second pass.
   """
   cond, uncond = texts
-  if isinstance(scale, int | float) and scale == 1:
+  if scale is None or (isinstance(scale, int | float) and scale == 1):
     return apply(params, x, jnp.full(x.shape[:2], t), cond, Clip())[0]
   both = jnp.concatenate([x, x])
   t = jnp.full(both.shape[:2], t)
