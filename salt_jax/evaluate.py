@@ -32,6 +32,7 @@ from salt_jax import (
   recipe,
   sample,
   stages,
+  statistics,
   video,
   weights,
 )
@@ -207,7 +208,7 @@ def table(rows: list[Row]) -> str:
 
 
 def _estimates(row: Row) -> dict:
-  return judge.summary({name: row.results[name] for name in MEASURES})
+  return statistics.summary({name: row.results[name] for name in MEASURES})
 
 
 def _cell(name, estimate):
