@@ -3,7 +3,8 @@
   python -m salt_jax.evaluate --checkpoint=RUN --clips=256
 
 makes the table of everything that ships with the nano world, and of a run's student beside it. With
---diagnose=defect,cache,swap,drift it looks into one student instead, see `diagnostics`.
+--diagnose=defect,cache,swap,drift it looks into one student instead, see `diagnostics`; with --vbench=PROMPTS it writes
+the videos that VBench scores, see `benchmark`.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from jaxtyping import PyTree, UInt8
 from ml_collections import ConfigDict
 
 from salt_jax import (
+  benchmark,
   cli,
   clips,
   codec,
@@ -330,12 +332,16 @@ def define_flags() -> None:
   flags.DEFINE_string(
     'output',
     'runs/evaluate',
-    'Folder for the report, or for NAME.json and NAME.png of a diagnostic.',
+    'Folder for the report, for NAME.json and NAME.png of a diagnostic, or for the videos of --vbench.',
   )
+  benchmark.define_flags()
 
 
 def program() -> None:
   args = flags.FLAGS
+  if args.vbench is not None:
+    benchmark.export(args)
+    return
   if args.diagnose is not None:
     diagnose(args)
     return

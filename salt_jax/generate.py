@@ -128,7 +128,7 @@ def check(args: flags.FlagValues) -> None:
   if args.steps is not None and not 1 <= args.steps <= most:
     raise InputError(f'--steps={args.steps} must be between 1 and {most}.')
   for name in ('guidance', 'shift', 'negative'):
-    if student_alone and args[name].value is not None:
+    if student_alone and getattr(args, name) is not None:
       raise InputError(
         f'--{name} has no use with --sampler=student: choose one of {", ".join(multistep.SOLVERS)}, or leave it out.'
       )

@@ -31,9 +31,7 @@ def summary(
   generator = np.random.Generator(np.random.Philox(seed))
   count = len(next(iter(results.values())))
   chosen = generator.integers(count, size=(draws, count))
-  return {
-    name: estimate(values.mean(), values[chosen].mean(1)) for name, values in results.items()
-  }
+  return {name: estimate(values.mean(), values[chosen].mean(1)) for name, values in results.items()}
 
 
 def interval(values: Float[np.ndarray, 'seed clip'], seed: int = 0) -> Estimate:

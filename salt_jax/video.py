@@ -87,10 +87,18 @@ def check_suffix(name: str, path: str) -> None:
   suffix = os.path.splitext(path)[1].lower()
   if suffix not in SUFFIXES:
     raise InputError(f'{name}{path} must end in one of {", ".join(SUFFIXES)}.')
-  if suffix == '.mp4' and importlib.util.find_spec('av') is None:
-    raise InputError(
-      f"{name}{path} needs PyAV: pip install 'salt_jax[video]', or choose another of {', '.join(SUFFIXES[:-1])}."
-    )
+  if suffix == '.mp4':
+    require_pyav(f'{name}{path}', f', or choose another of {", ".join(SUFFIXES[:-1])}')
+
+
+def require_pyav(name: str, otherwise: str = '') -> None:
+  """Refuses what needs MP4 where PyAV is missing.
+
+  Raises:
+    InputError: naming who needs it and, if there is one, the way around.
+  """
+  if importlib.util.find_spec('av') is None:
+    raise InputError(f"{name} needs PyAV: pip install 'salt_jax[video]'{otherwise}.")
 
 
 def write_mp4(path: str, video: UInt8[np.ndarray, 'f h w 3'], fps: float = 16) -> None:

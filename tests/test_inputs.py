@@ -16,7 +16,7 @@ import safetensors.numpy
 from absl import flags
 
 from configs import base, causal_init, pretrain, selfforcing
-from salt_jax import cli, convert, evaluate, main, recipe, sample, stages, train, weights
+from salt_jax import cli, convert, evaluate, main, recipe, sample, stages, train, vbench, weights
 from salt_jax.checkpoint import Checkpoints, write_config
 from salt_jax.checks import check_batch
 from salt_jax.errors import InputError, NonFiniteError
@@ -172,6 +172,17 @@ WRONG_COMMANDS = {
     (['--diagnose=defect'], '--diagnose looks into one student: pass --checkpoint, the workdir of a run'),
     (['--diagnose=defects'], '--diagnose: "defects" is unknown; choose from defect, cache, swap, drift.'),
     (['--config.weights.text=nowhere', '--output={tmp}'], 'not there: nowhere (weights.text)'),
+    (['--vbench=LICENSE'], 'pass --checkpoint: the workdir of a run, an exported file, or assets:'),
+    (['--vbench=nowhere', '--checkpoint=x'], '--vbench=nowhere cannot be read (No such file or directory).'),
+    (['--vbench=/dev/null', '--checkpoint=x'], '--vbench=/dev/null holds no prompt: give one a line.'),
+    (['--vbench=LICENSE', '--checkpoint=x', '--steps=9'], '--steps=9 must be between 1 and 8.'),
+    (['--vbench=LICENSE', '--checkpoint=x', '--image=a.png'], "--image has no use with --vbench: VBench's prompts come"),
+    (['--vbench=LICENSE', '--checkpoint=x', '--extended=/dev/null'], '--extended=/dev/null holds no prompt'),
+    (['--vbench=LICENSE', '--checkpoint=x', '--output={tmp}'], 'holds a slash or a line break, so it can name no file'),
+  ),
+  'vbench': (
+    ([], 'pass --results: a folder that salt_jax.evaluate --vbench has written.'),
+    (['--results={tmp}'], 'has no vbench.json: pass a folder that salt_jax.evaluate --vbench has written.'),
   ),
 }
 
@@ -182,7 +193,7 @@ def programs():
   """Programs run in this process; afterwards flags and log are as before."""
   known, logger = set(flags.FLAGS), logging.getLogger('salt_jax')
   handlers = list(logger.handlers)
-  yield {'main': main, 'sample': sample, 'evaluate': evaluate}
+  yield {'main': main, 'sample': sample, 'evaluate': evaluate, 'vbench': vbench}
   for name in set(flags.FLAGS) - known:
     delattr(flags.FLAGS, name)
   flags.FLAGS.unparse_flags()
