@@ -176,7 +176,7 @@ WRONG_COMMANDS = {
     (['--vbench=nowhere', '--checkpoint=x'], '--vbench=nowhere cannot be read (No such file or directory).'),
     (['--vbench=/dev/null', '--checkpoint=x'], '--vbench=/dev/null holds no prompt: give one a line.'),
     (['--vbench=LICENSE', '--checkpoint=x', '--steps=9'], '--steps=9 must be between 1 and 8.'),
-    (['--vbench=LICENSE', '--checkpoint=x', '--image=a.png'], "--image has no use with --vbench: VBench's prompts come"),
+    (['--vbench=LICENSE', '--checkpoint=x', '--image=a.png'], '--image has no use with --vbench: '),
     (['--vbench=LICENSE', '--checkpoint=x', '--extended=/dev/null'], '--extended=/dev/null holds no prompt'),
     (['--vbench=LICENSE', '--checkpoint=x', '--output={tmp}'], 'holds a slash or a line break, so it can name no file'),
   ),
