@@ -1,4 +1,4 @@
-"""Package metadata: `pip install -e .` for the library, with the extras tpu, gpu, torch, video and dev."""
+"""Package metadata: `pip install -e .` for the library, with the extras tpu, gpu, wan, video and dev."""
 
 import setuptools
 
@@ -35,7 +35,11 @@ setuptools.setup(
   extras_require={
     'tpu': ['jax[tpu]>=0.10'],  # TPU runtime; also what plan compiles with on a CPU
     'gpu': ['jax[cuda13]>=0.10'],  # CUDA libraries
-    'torch': ['torch>=2.6'],  # reading .pt files
+    'wan': [  # prompts of the real sizes
+      'ftfy>=6.2',  # Wan's cleaning of prompts
+      'sentencepiece>=0.2',  # UMT5's spiece.model
+      'tokenizers>=0.20',  # UMT5's tokenizer.json
+    ],
     'video': ['av>=12.0'],  # MP4 files: samples, and what VBench reads
     'dev': [
       'pytest>=8.0',
@@ -43,8 +47,10 @@ setuptools.setup(
       'ruff>=0.9',
       'torch==2.13.0',  # the oracle networks of the parity tests run on it
       'diffusers>=0.35',  # Wan DiT and VAE as oracles
-      'transformers>=5.0',  # UMT5 as an oracle
-      'sentencepiece>=0.2',  # its tokenizer
+      'transformers>=5.0',  # UMT5, its tokenizer and CLIP as oracles
+      'ftfy>=6.2',  # what the extra wan brings, for its tests
+      'sentencepiece>=0.2',
+      'tokenizers>=0.20',
       'av>=12.0',  # MP4 files are written and read back
     ],
   },

@@ -5,10 +5,18 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from salt_jax.errors import InputError
-from salt_jax.models import text, vae, wan
+from salt_jax.models import clip, text, vae, wan
 
 WAN_SIZES = {'nano': wan.wan_nano, '1.3b': wan.wan_1_3b, '14b': wan.wan_14b}
 I2V_SIZES = {'nano': wan.wan_nano_i2v, '14b': wan.wan_i2v_14b}
+
+# What Wan 2.1 steers away from, and what image-to-video puts before it; full-width commas included.
+WAN_NEGATIVE = (
+  '色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，'
+  '多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，'
+  '倒着走'
+)
+WAN_NEGATIVE_I2V = '镜头晃动，' + WAN_NEGATIVE
 
 
 def parse_arg(arg: str | None, **spec) -> ConfigDict:
@@ -116,6 +124,8 @@ def sharding(size: str) -> dict:
 
 def common(name: str, stage: str, size: str, total_steps: int, batch: int) -> ConfigDict:
   """What every stage has."""
+  # Guidance steers away from it; nano's unconditional prompt is the empty one. In the original '' stands for this one.
+  negative = {} if size == 'nano' else dict(negative=WAN_NEGATIVE)
   return ConfigDict(
     dict(
       name=name,
@@ -137,6 +147,7 @@ def common(name: str, stage: str, size: str, total_steps: int, batch: int) -> Co
       shard_min_size=2**16,  # smaller arrays stay whole under the fsdp rule
       workers=0,  # data processes; 0 renders in threads
       **sharding(size),
+      **negative,
     )
   )
 
@@ -155,6 +166,7 @@ def weights(size: str) -> ConfigDict:
     files = dict(
       vae='weights/Wan2.1_VAE.safetensors',
       text='weights/models_t5_umt5-xxl-enc-bf16.safetensors',
+      tokenizer='weights/google/umt5-xxl',  # a folder with tokenizer.json or spiece.model
       teacher='weights/Wan2.1-T2V-14B.safetensors',
       init=f'weights/causal_init_{size}.safetensors',
       student=f'weights/student_{size}.safetensors',
@@ -204,6 +216,12 @@ def first_frames(config: ConfigDict) -> None:
       'runs/causal_init-nano-i2v/export/causal_init-nano-i2v-generator.safetensors'
     )
   else:
+    # Of first frames that were encoded elsewhere: fields ids, mask, condition (latents), image (rows of CLIP).
+    config.data = dict(kind='store', path='first_frames')
+    del config.latents
+    config.negative = WAN_NEGATIVE_I2V
+    config.clip = _section(clip.vit_h_14())
+    config.weights.clip = 'weights/models_clip_open-clip-xlm-roberta-large-vit-huge-14.safetensors'
     config.weights.update(
       teacher='weights/Wan2.1-I2V-14B.safetensors', critic='weights/Wan2.1-I2V-14B.safetensors'
     )

@@ -2,6 +2,7 @@
 
   python -m salt_jax.main --config=configs/selfforcing.py:nano
   python -m salt_jax.main --config=configs/selfforcing.py:nano,method=dmd
+  python -m salt_jax.main --config=configs/selfforcing.py:nano,backbone=longlive,streaming
 
 `nano` runs here and now, from the weights that ship with the package. Without an argument it is Wan 2.1 1.3B with the
 14B teacher on a TPU slice, by the released recipe, and asks for their weights.
@@ -13,11 +14,16 @@ method=   salt      mixed steps, consistency, alignment to a denser-step referen
           dmd       four steps: Self Forcing
 i2v       the first frame is given, to student, teacher and critic
 backbone= self_forcing, causal_forcing (another init, alignment from step 700) or longlive (window 12, sink 3)
+chunk=    latent frames in a chunk; 1 is the frame-wise student
+streaming LongLive's second stage: a student that is there already goes on along videos of up to 240 latent frames whose
+          prompt changes once, with method=dmd (the default then) or mixed. All weights are trained, where the original
+          trains LoRA of rank 256 at rates of 1e-5 and 2e-6; so the rates stay those of the first stage.
 """
 
 from configs import base
 
 METHODS = ('salt', 'mixed_sc', 'mixed', 'sc', 'dmd')
+STREAMING_METHODS = ('dmd', 'mixed')
 BACKBONES = ('self_forcing', 'causal_forcing', 'longlive')
 # First step of the alignment, and how its noise is coupled, in the released recipes.
 ALIGNMENT = {
@@ -28,9 +34,10 @@ ALIGNMENT = {
 
 
 def get_config(arg=None):
-  arg = base.parse_arg(
-    arg, size=('1.3b', 'nano', '14b'), method=METHODS, backbone=BACKBONES, chunk=3, i2v=False
-  )
+  spec = dict(size=('1.3b', 'nano', '14b'), backbone=BACKBONES, chunk=3, i2v=False, streaming=False)
+  word, arg = arg, base.parse_arg(arg, method=METHODS, **spec)
+  if arg.streaming:
+    arg = base.parse_arg(word, method=STREAMING_METHODS, **spec)
   nano = arg.size == 'nano'
   config = base.common(
     name=f'selfforcing-{arg.size}' + ('' if arg.method == 'salt' else f'-{arg.method}'),
@@ -55,7 +62,7 @@ def get_config(arg=None):
     config.reference.start = 0
   config.generator_every = 2 if nano else 5  # critic updates per generator update
   config.optim = dict(
-    generator=base.adamw(2e-4 if nano else 2e-6, b1=0.0),
+    generator=base.adamw(5e-4 if nano else 2e-6, b1=0.0),
     critic=base.adamw(4e-4 if nano else 4e-7, b1=0.0),
   )
   config.ema = dict(
@@ -68,7 +75,22 @@ def get_config(arg=None):
   config.evaluate = dict(clips=16, rows=4, steps=(4, 2), teacher_steps=24, guidance=4.0)
   if arg.i2v:
     base.first_frames(config)
+  if arg.streaming:
+    long_videos(config)
   return config
+
+
+def long_videos(config) -> None:
+  """Trains a finished student on, clip by clip along streams that are longer than it was trained on."""
+  config.name += '-streaming'
+  config.streaming = dict(
+    frames=129 if config.size == 'nano' else 240,
+    new=18,
+    boundary='reencoded',
+    global_sink=False,
+    causal=False,
+  )
+  config.weights.init = config.weights.student
 
 
 def schedule(method: str) -> dict:

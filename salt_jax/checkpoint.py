@@ -6,11 +6,12 @@ behind, and the next start removes the remainder. Orbax does not notice a flippe
 the fingerprints kept in `info` do.
 """
 
+import contextlib
 import hashlib
 import json
 import pathlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -105,15 +106,84 @@ def restore_ema(folder: str, like: Any, step: int | None = None) -> Any:
   Raises:
     InputError: nothing there, another size, or damaged files.
   """
+  with _reading(folder) as (manager, newest):
+    step = newest if step is None else step
+    return _restore(manager, local_folder(folder), step, {'ema': like})['ema']
+
+
+def entries(folder: str) -> list[str]:
+  """The networks in a run's newest checkpoint: NAME_ema for an averaged one, NAME as it was trained.
+
+  Raises:
+    InputError: nothing there.
+  """
+  with _reading(folder) as (manager, step):
+    averaged, trained = _networks(manager, step)
+    return [f'{name}_ema' for name in averaged] + list(trained)
+
+
+def restore_network(folder: str, entry: str) -> Any:
+  """Reads one network of a run's newest checkpoint onto the host, whatever its sizes.
+
+  Args:
+    folder: the checkpoints of a run.
+    entry: one of `entries`; an averaged network is compared with its fingerprint, the others have
+      none of their own.
+
+  Raises:
+    InputError: nothing there, no such entry, or damaged files.
+  """
+  with _reading(folder) as (manager, step):
+    path = local_folder(folder)
+    averaged, trained = _networks(manager, step)
+    if entry in trained:
+      return _restore_part(path / str(step), entry, _on_host(trained[entry]))
+    name = entry.removesuffix('_ema')
+    if name == entry or name not in averaged:
+      raise InputError(f'{path} has no {entry}; name one of {", ".join(entries(folder))}.')
+    return _restore(manager, path, step, {'ema': _on_host(averaged)})['ema'][name]
+
+
+@contextlib.contextmanager
+def _reading(folder: str) -> Iterator[tuple[ocp.CheckpointManager, int]]:
+  """The manager of a run's checkpoints, and the newest step; changes nothing."""
   path = local_folder(folder)
   if not path.is_dir():
     raise InputError(f'there is no checkpoint folder {path}; pass the one a training run wrote.')
   options = ocp.CheckpointManagerOptions(read_only=True, create=False)
   with ocp.CheckpointManager(path, options=options, handler_registry=_handlers()) as manager:
-    step = manager.latest_step() if step is None else step
+    step = manager.latest_step()
     if step is None:
       raise InputError(f'{path} holds no finished checkpoint; train until one is saved.')
-    return _restore(manager, path, step, {'ema': like})['ema']
+    yield manager, step
+
+
+def _networks(manager: ocp.CheckpointManager, step: int) -> tuple[dict, dict]:
+  stored = manager.metadata(step).item_metadata
+  state = stored['state'].tree if stored.get('state') else {}
+  return stored['ema'].tree, state.get('params', {})
+
+
+def _on_host(stored: Any) -> Any:
+  host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend='cpu')[0])
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host), stored)
+
+
+def _restore_part(path: pathlib.Path, name: str, like: Any) -> Any:
+  """One network of the state alone: with the optimizer's, all of it may not fit the host."""
+  item = {'params': {name: like}}
+  args = ocp.args.PyTreeRestore(
+    item=item,
+    restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+    partial_restore=True,
+  )
+  try:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+      return reader.restore(path / 'state', args=args)['params'][name]
+  except jax.errors.JaxRuntimeError:
+    raise
+  except Exception as error:
+    raise _damaged(path, [int(path.name)], str(error)) from error
 
 
 def check_config(

@@ -14,6 +14,8 @@ from salt_jax import convert
 from salt_jax.diffusion.conditioning import FOLD
 from salt_jax.diffusion.flow import TRAIN_STEPS
 from salt_jax.errors import InputError
+from salt_jax.models import rope
+from salt_jax.models.clip import ClipConfig
 
 FEW_STEP = ('ode', 'causal_ode', 'causal_cd', 'selfforcing')  # stages that make a few-step student
 FORCED = ('ar', 'causal_ode', 'causal_cd')  # stages that train behind clean clips
@@ -44,6 +46,8 @@ _POSITIVE = (
   'latents.count',
   'latents.batch',
   'causal_consistency.steps',
+  'streaming.frames',
+  'streaming.new',
   'data.frames',
   'evaluate.rows',
   'evaluate.steps',
@@ -98,6 +102,8 @@ def check(config: ConfigDict) -> None:
     raise InputError(
       f'dmd.t_min={config.dmd.t_min} must be below dmd.t_max={config.dmd.t_max}, both between 0 and {TRAIN_STEPS}.'
     )
+  if 'streaming' in config:
+    _check_streaming(config)
   if 'losses' in config:
     _check_terms(config)
   if config.stage in FEW_STEP and max(_values(config, 'evaluate.steps')) > MAX_STEPS:
@@ -115,6 +121,11 @@ def check(config: ConfigDict) -> None:
     raise InputError(
       f'log.samples_every={config.log.samples_every} samples captions alone, and this student is given first frames: '
       'set it to 0.'
+    )
+  if any(_values(config, 'log.samples_every')) and config.data.kind == 'text_store':
+    raise InputError(
+      f'log.samples_every={config.log.samples_every} samples captions, and data.kind=text_store leaves the encoder '
+      'away: set it to 0.'
     )
   _check_causal(config)
   _check_clips(config)
@@ -186,8 +197,27 @@ def _check_dit(config: ConfigDict, name: str) -> None:
       f'{name}.in_channels={model.in_channels} must equal vae.z_dim={latent}, or {image_to_video} for I2V.'
     )
   if any(_values(config, f'{name}.image_dim')):
+    _check_tower(config, name)
+
+
+def _check_tower(config: ConfigDict, name: str) -> None:
+  """A DiT with an image branch: the tower that its rows come from."""
+  model = config[name]
+  if 'clip' not in config or not any(_values(config, 'weights.clip')):
     raise InputError(
-      f'{name}.image_dim={model.image_dim} wants the rows of a CLIP tower, which salt_jax does not have yet.'
+      f'{name}.image_dim={model.image_dim} wants the rows of a CLIP tower: give the config a section "clip", and its '
+      'file as weights.clip.'
+    )
+  tower = section(ClipConfig, config, 'clip')
+  for key, value, words in (
+    ('image_dim', tower.dim, 'the width'),
+    ('image_len', tower.rows, 'the rows for one picture'),
+  ):
+    if key in model and model[key] != value:
+      raise InputError(f'{name}.{key}={model[key]} must equal {value}, {words} of the CLIP tower.')
+  if model.in_channels == config.vae.z_dim:
+    raise InputError(
+      f'{name}.image_dim={model.image_dim} is of image-to-video: set {name}.in_channels for given frames too.'
     )
 
 
@@ -199,17 +229,24 @@ def _check_first_frames(config: ConfigDict) -> None:
       f'teacher.in_channels={config.teacher.in_channels} must equal model.in_channels={model.in_channels}: '
       'both are given first frames, or neither.'
     )
-  given, wanted = config.data.kind == 'clips', model.in_channels > z_dim
-  if wanted and config.size != 'nano':
+  towers = [sum(_values(config, f'{name}.image_dim')) for name in ('teacher', 'model')]
+  if 'teacher' in config and towers[0] != towers[1]:
     raise InputError(
-      f'I2V is trained in the nano world alone: {config.name} has no clips to take first frames from.'
+      f'teacher.image_dim={towers[0]} must equal model.image_dim={towers[1]}: both are given rows of the CLIP tower, '
+      'or neither.'
     )
-  if config.stage == 'selfforcing' and given != wanted:
+  kind, wanted = config.data.kind, model.in_channels > z_dim
+  if wanted and config.size != 'nano' and kind != 'store':
+    raise InputError(
+      f'{config.name} has no clips to take first frames from: set data.kind=store, and data.path to a store of ids, '
+      'mask, condition and image.'
+    )
+  if config.stage == 'selfforcing' and (kind in ('clips', 'store')) != wanted:
     kinds = 'clips, which have a first frame' if wanted else 'captions or prompts'
     raise InputError(
-      f'data.kind={config.data.kind} does not fit model.in_channels={model.in_channels}: choose {kinds}.'
+      f'data.kind={kind} does not fit model.in_channels={model.in_channels}: choose {kinds}.'
     )
-  if config.stage == 'selfforcing' and given and 'latents' not in config:
+  if config.stage == 'selfforcing' and kind == 'clips' and 'latents' not in config:
     raise InputError(
       'the config has no section "latents": set latents.count and latents.batch, clips whose first frames are encoded.'
     )
@@ -268,6 +305,38 @@ def _check_causal(config: ConfigDict) -> None:
   if 'pairs' in config and 'latents' in config and config.pairs.count > config.latents.count:
     raise InputError(
       f'pairs.count={config.pairs.count} must not exceed latents.count={config.latents.count}.'
+    )
+
+
+def _check_streaming(config: ConfigDict) -> None:
+  """Long videos: a cache that does not grow, clips that follow each other, and the one loss that knows masks."""
+  roll, new, frames = config.rollout, config.streaming.new, config.streaming.frames
+  if not 0 < roll.window <= roll.frames:
+    raise InputError(
+      f'rollout.window={roll.window} must be between 1 and rollout.frames={roll.frames} for streaming, which '
+      'recaches that many frames: choose backbone=longlive.'
+    )
+  if new >= roll.frames or new % roll.chunk:
+    raise InputError(
+      f'streaming.new={new} must be a multiple of rollout.chunk={roll.chunk} below rollout.frames={roll.frames}.'
+    )
+  if not roll.frames + new <= frames <= rope.MAX_FRAMES:
+    raise InputError(
+      f'streaming.frames={frames} must be at least rollout.frames + streaming.new = {roll.frames + new}, and at most '
+      f'the {rope.MAX_FRAMES} positions of RoPE.'
+    )
+  if config.streaming.causal and roll.window % roll.chunk:
+    raise InputError(
+      f'streaming.causal recaches whole chunks: make rollout.window={roll.window} a multiple of {roll.chunk}.'
+    )
+  for name in ('consistency', 'alignment'):
+    if config.losses[name]:
+      raise InputError(
+        f'losses.{name}={config.losses[name]} does not go with streaming, which trains with DMD alone: set it to 0.'
+      )
+  if config.model.in_channels > config.vae.z_dim:
+    raise InputError(
+      f'model.in_channels={config.model.in_channels}: streaming has no image-to-video form; give text alone.'
     )
 
 

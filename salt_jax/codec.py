@@ -86,9 +86,13 @@ def encode(
 
 
 def encode_known(
-  params: PyTree, images: UInt8[Array, 'b 1 h w 3'], frames: int, cfg: vae.VAEConfig, part: int = 0
+  params: PyTree,
+  images: UInt8[Array, 'b 1 h w 3'] | Float[Array, 'b 1 h w 3'],
+  frames: int,
+  cfg: vae.VAEConfig,
+  part: int = 0,
 ) -> Float[Array, 'b f h w z']:
-  """Normalised latents of a video that is mid-grey behind its first frame (wan.md 5.5)."""
+  """Normalised latents of a video that is mid-grey behind its first frame, of levels 0 .. 255 (wan.md 5.5)."""
   shape = images.shape[0], frames, *images.shape[2:]
 
   def parts():

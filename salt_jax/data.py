@@ -9,19 +9,29 @@ example's place in the sequence, from which the caller derives its noise.
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import grain
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from salt_jax import clips as world
+from salt_jax import prompts
 from salt_jax.errors import InputError
-from salt_jax.models.text import WordTokenizer
+from salt_jax.models.text import WordTokenizer, pad
 from salt_jax.store import Store
 
 Batch = dict[str, np.ndarray]
-Tokenize = Callable[[list[str]], tuple[np.ndarray, np.ndarray]]
+Ids = Int[np.ndarray, 'n']
+
+
+class Tokenizer(Protocol):
+  """Prompts -> (ids int32 [b n], mask bool [b n]), n being `length`."""
+
+  length: int
+
+  def __call__(self, prompts: list[str]) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,58 +127,75 @@ def clips(
   return _stream(feed, make)
 
 
-def read_prompts(path: str) -> list[str]:
-  """Reads one prompt a line.
-
-  Raises:
-    InputError: the file is missing, not UTF-8 text, empty, or has an empty line (it is named).
-  """
-  if not os.path.isfile(path):
-    raise InputError(f'prompt file {path} is missing: write one prompt a line there.')
-  with open(path, 'rb') as file:
-    content = file.read()
-  try:
-    lines = content.decode().splitlines()
-  except UnicodeDecodeError as error:
-    raise InputError(f'prompt file {path} is not UTF-8 text: save it as UTF-8.') from error
-  if not lines:
-    raise InputError(f'prompt file {path} is empty: write one prompt a line.')
-  prompts = [line.strip() for line in lines]
-  if '' in prompts:
-    raise InputError(
-      f'line {prompts.index("") + 1} of prompt file {path} is empty: remove it or fill it.'
-    )
-  return prompts
-
-
 def _shuffled(feed: Feed, count: int) -> grain.MapDataset:
   """Endless rows in [0, count), in a new order every epoch; random access by position."""
   return grain.MapDataset.range(count).seed(feed.seed).shuffle().repeat()
 
 
-def text_file(path: str, feed: Feed, tokenize: Tokenize) -> Iterator[Batch]:
-  """Prompts of a file, cycled in an order that is new in every epoch.
+class Tokens(NamedTuple):
+  """Ids of prompts without padding, each with those of its negative prompt if it has one; `length` to pad to."""
 
-  Args:
-    path: text file, one prompt a line.
-    feed: which part to read.
-    tokenize: prompts -> (ids int32 [b n], mask bool [b n]).
+  rows: list[tuple[Ids, Ids | None]]
+  length: int
 
-  Yields:
-    index int64 [b], row int64 [b] (line of the prompt, from 0), ids int32 [b n], mask bool [b n].
+
+def tokenized(path: str, tokenize: Tokenizer) -> Tokens:
+  """The prompts of a file (`prompts.read`).
 
   Raises:
-    InputError: see `read_prompts`.
+    InputError: see `prompts.read`; or a prompt that cannot be tokenised.
   """
-  prompts = read_prompts(path)
-  order = _shuffled(feed, len(prompts))
+
+  def ids_of(text: str) -> Ids:
+    ids, mask = tokenize([text])
+    return ids[0, : mask.sum()]
+
+  rows = [
+    (ids_of(entry.prompt), ids_of(entry.negative) if entry.negative else None)
+    for entry in prompts.read(path)
+  ]
+  return Tokens(rows, tokenize.length)
+
+
+def token_batches(tokens: Tokens, feed: Feed) -> Iterator[Batch]:
+  """Prompts, cycled in an order that is new in every epoch.
+
+  Yields:
+    index int64 [b], row int64 [b] (number of the prompt, from 0), ids int32 [b n], mask bool [b n]; and if any prompt
+    has a negative one, negative_ids, negative_mask and has_negative bool [b].
+  """
+  found, length = tokens
+  order, negatives = _shuffled(feed, len(found)), any(other is not None for _, other in found)
 
   def make(positions: np.ndarray) -> Batch:
     rows = np.array([order[int(position)] for position in positions], np.int64)
-    ids, mask = tokenize([prompts[row] for row in rows])
-    return {'index': positions, 'row': rows, 'ids': ids, 'mask': mask}
+    ids, mask = pad([found[row][0] for row in rows], length)
+    batch = {'index': positions, 'row': rows, 'ids': ids, 'mask': mask}
+    if negatives:
+      own = [found[row][1] for row in rows]
+      ids, mask = pad([() if ids is None else ids for ids in own], length)
+      batch |= {'negative_ids': ids, 'negative_mask': mask, 'has_negative': mask.any(1)}
+    return batch
 
   return _stream(feed, make)
+
+
+_NEXT = 1 << 16  # what the seed of the second prompts differs by
+
+
+def prompt_pairs(feed: Feed, make: Callable[[Feed], Iterator[Batch]]) -> Iterator[Batch]:
+  """Batches of prompts, each with a second prompt, drawn apart, that a video may change to.
+
+  Args:
+    feed: which part to read.
+    make: the batches of one prompt, such as `captions`.
+
+  Yields:
+    what `make` does, and next_ids int32 [b n], next_mask bool [b n].
+  """
+  others = make(dataclasses.replace(feed, seed=feed.seed + _NEXT))
+  for batch, other in zip(make(feed), others, strict=False):
+    yield batch | {'next_ids': other['ids'], 'next_mask': other['mask']}
 
 
 def store_batches(folder: str, feed: Feed, fields: tuple[str, ...] = ()) -> Iterator[Batch]:
@@ -183,7 +210,7 @@ def store_batches(folder: str, feed: Feed, fields: tuple[str, ...] = ()) -> Iter
     each field [b ...], index int64 [b], row int64 [b] (number of the record in the store).
 
   Raises:
-    InputError: the store is unfinished or damaged, or lacks a field.
+    InputError: the store is unfinished or damaged, lacks a field, or has one that varies in size.
   """
   store = Store(folder)
   names = fields or tuple(store.fields)
@@ -192,12 +219,56 @@ def store_batches(folder: str, feed: Feed, fields: tuple[str, ...] = ()) -> Iter
     raise InputError(
       f"store {folder} has no field '{lacking[0]}': it has {', '.join(store.fields)}."
     )
+  varying = [name for name in names if store.fields[name].varies]
+  if varying:
+    raise InputError(
+      f"store {folder} has texts in its field '{varying[0]}': set data.kind=text_store."
+    )
   order = _shuffled(feed, len(store))
 
   def make(positions: np.ndarray) -> Batch:
     rows = np.array([order[int(position)] for position in positions], np.int64)
     records = [store[int(row)] for row in rows]
     batch = {name: np.stack([record[name] for record in records]) for name in names}
+    return batch | {'index': positions, 'row': rows}
+
+  return _stream(feed, make)
+
+
+def padded(rows: Sequence[Float[np.ndarray, '_ d']], length: int) -> Float[np.ndarray, 'b n d']:
+  """Encoder rows of texts, zero behind each."""
+  out = np.zeros((len(rows), length, rows[0].shape[1]), rows[0].dtype)
+  for i, row in enumerate(rows):
+    out[i, : len(row)] = row
+  return out
+
+
+def text_store(folder: str, length: int, feed: Feed) -> Iterator[Batch]:
+  """Prompts that `precompute.texts` encoded, shuffled anew in every epoch.
+
+  Args:
+    folder: a finished store.
+    length: rows to pad to.
+    feed: which part to read.
+
+  Yields:
+    text bfloat16 [b n d], index int64 [b], row int64 [b] (number of the prompt, from 0); and if the prompts' file has
+    negative prompts, negative_text and has_negative bool [b].
+
+  Raises:
+    InputError: the store is unfinished or damaged.
+  """
+  store = Store(folder)
+  order = _shuffled(feed, len(store))
+
+  def make(positions: np.ndarray) -> Batch:
+    rows = np.array([order[int(position)] for position in positions], np.int64)
+    records = [store[int(row)] for row in rows]
+    batch = {'text': padded([record['text'] for record in records], length)}
+    if store.config['negatives']:
+      own = [record['negative'] for record in records]
+      batch['negative_text'] = padded(own, length)
+      batch['has_negative'] = np.array([len(x) > 0 for x in own])
     return batch | {'index': positions, 'row': rows}
 
   return _stream(feed, make)

@@ -94,12 +94,11 @@ def _given_frames(config: ConfigDict, rec: Recipe, split: str = 'seen') -> Calla
   """Wraps a maker of samplers: an I2V network is given the first frames of the real clips."""
   if not rec.model.frame_channels:
     return lambda make: make
-  params = weights.load(config.weights.vae, 'vae', rec.vae)
-  encode = precompute.first_frames(rec, config.video.frames)
+  given = precompute.given(config, rec)
 
   def with_frames(sampler):
     return lambda ids, mask, index: sampler(
-      ids, mask, index, encode(params, _real(config, index, split, 1))
+      ids, mask, index, *given(_real(config, index, split, 1)).values()
     )
 
   return lambda make: lambda *args: with_frames(make(*args))

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from absl import flags
-from jaxtyping import PyTree, UInt8
+from jaxtyping import Array, PyTree, UInt8
 from ml_collections import ConfigDict
 
-from salt_jax import codec, precompute, stages, teacher
+from salt_jax import codec, stages, teacher
 from salt_jax.checks import MAX_STEPS
 from salt_jax.diffusion import multistep
 from salt_jax.errors import InputError
@@ -38,17 +38,19 @@ class Generator(NamedTuple):
   protocol: dict
 
 
-def drawer(config: ConfigDict, rec: Recipe, run: Callable, vae_params: PyTree, image) -> Callable:
-  """Sampling and decoding over the local devices, a clip a device decoded at once."""
-  devices, first = len(jax.local_devices()), None
-  if image is not None:
-    encode = precompute.first_frames(rec, config.video.frames)
-    first = np.asarray(encode(vae_params, image[None, None]))
+def drawer(rec: Recipe, run: Callable, vae_params: PyTree, given: tuple[Array, ...]) -> Callable:
+  """Sampling and decoding over the local devices, a clip a device decoded at once.
+
+  Args:
+    rec: sizes of the VAE.
+    run: sampler of latents.
+    vae_params: of the VAE.
+    given: for I2V the fields of `precompute.given` of one clip `[1 ...]`, which all clips share.
+  """
+  devices, own = len(jax.local_devices()), [np.asarray(x) for x in given]
 
   def draw(ids, mask, index):
-    batch = (ids, mask, index)
-    if first is not None:
-      batch += (np.broadcast_to(first, (len(ids), *first.shape[1:])),)
+    batch = (ids, mask, index, *(np.broadcast_to(x, (len(ids), *x.shape[1:])) for x in own))
     latents = np.asarray(run(*over_local_devices(batch)))
     parts = [
       codec.decode(vae_params, over_local_devices(latents[at : at + devices]), rec.vae)

@@ -2,11 +2,12 @@
 
 import os
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree, UInt8
+from jaxtyping import Array, Float, PyTree, UInt8
 from ml_collections import ConfigDict
 
-from salt_jax import recipe, video, weights
+from salt_jax import images, recipe, video, weights
 from salt_jax.checks import FEW_STEP
 from salt_jax.errors import InputError
 from salt_jax.models import wan
@@ -52,10 +53,10 @@ def _student_recipe(config: ConfigDict, path: str) -> Recipe:
 def first_image(
   path: str | None, config: ConfigDict, rec: Recipe
 ) -> UInt8[np.ndarray, 'h w 3'] | None:
-  """The picture that an I2V student begins with.
+  """The picture that an I2V network begins with; those of the nano world have one size, others are `fitted` to theirs.
 
   Raises:
-    InputError: the student takes none or wants one, or it is no picture, or of another size.
+    InputError: the student takes none or wants one, or it is no picture, or for nano of another size.
   """
   if not rec.model.frame_channels:
     if path:
@@ -67,11 +68,27 @@ def first_image(
       f'pass --image: this student continues a picture of {size[1]}x{size[0]} pixels.'
     )
   image = video.read_image(path)
-  if image.shape[:2] != size:
+  if config.size == 'nano' and image.shape[:2] != size:
     raise InputError(
       f'--image={path} is {image.shape[1]}x{image.shape[0]}: scale it to {size[1]}x{size[0]} pixels.'
     )
   return image
+
+
+def fitted(
+  config: ConfigDict, rec: Recipe, picture: UInt8[np.ndarray, 'h w 3']
+) -> tuple[ConfigDict, Recipe, Float[Array, '1 1 rows columns 3']]:
+  """Config and recipe for a video of the picture's shape and the config's area, and its first frame (wan.md 5.5).
+
+  The frame is as torch resizes it: not antialiased, and neither rounded nor clamped to 0 .. 255.
+  """
+  size = config.video.height, config.video.width
+  if config.size != 'nano':
+    config = config.copy_and_resolve_references()
+    size = images.video_size(*picture.shape[:2], size[0] * size[1])
+    config.video.height, config.video.width = size
+    rec = recipe.build(config)
+  return config, rec, images.bicubic(jnp.asarray(picture, jnp.float32), size)[None, None]
 
 
 def load_teacher(

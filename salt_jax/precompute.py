@@ -1,13 +1,14 @@
-"""What a stage computes once and keeps in its workdir: latents of clips, and trajectories of the teacher.
+"""What is computed once and kept: latents of clips and trajectories of the teacher in a stage's workdir, and texts.
 
+  python -m salt_jax.precompute --config=configs/selfforcing.py:1.3b --prompts=prompts.txt --output=texts
+
+encodes a file of prompts for `data.kind=text_store`, `data.path=texts`; training then needs no text encoder.
 Each process writes the shards whose number is its own modulo the process count; a killed run goes on at the first
 missing shard.
 """
 
 import dataclasses
 import functools
-import logging
-import os
 from collections.abc import Callable, Iterator
 
 import jax
@@ -15,40 +16,22 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from salt_jax import codec, data, recipe, weights
+from salt_jax import cli, codec, data, images, recipe, text_store, weights
 from salt_jax.diffusion import flow, forcing, solvers
 from salt_jax.errors import InputError
-from salt_jax.models import wan
+from salt_jax.models import clip, wan
 from salt_jax.recipe import Recipe
 from salt_jax.sharding import over_local_devices
-from salt_jax.step import conditioning
-from salt_jax.store import Field, Store, StoreWriter
-
-log = logging.getLogger(__name__)
+from salt_jax.step import conditioning, to_unit
+from salt_jax.store import Field, Store, fill
 
 
-def _fill(
-  folder: str, fields: dict, count: int, shard: int, facts: dict, make: Callable[[int], dict]
-) -> str:
-  """Writes the missing shards of a store with `make(number)`, and finishes it."""
+def _shards(count: int, shard: int) -> int:
   if count % shard:
     raise InputError(
       f'{count} records do not divide into shards of {shard}: change count or batch.'
     )
-  writer = StoreWriter(folder, fields, count // shard, facts)
-  if not os.path.exists(os.path.join(folder, 'index.json')):
-    todo = [n for n in writer.missing() if n % jax.process_count() == jax.process_index()]
-    for done, number in enumerate(todo, 1):
-      writer.write(number, make(number))
-      if done % 10 == 0 or done == len(todo):
-        log.info('precompute: %d of %d shards', done, len(todo))
-    if jax.process_count() > 1:
-      from jax.experimental import multihost_utils
-
-      multihost_utils.sync_global_devices('precompute')
-    if jax.process_index() == 0:
-      writer.finish()
-  return folder
+  return count // shard
 
 
 def _from(
@@ -76,12 +59,47 @@ def first_frames(rec: Recipe, frames: int) -> Callable:
   )
 
 
+def image_rows(rec: Recipe) -> Callable:
+  """`(CLIP parameters, uint8 pictures [b h w 3]) -> float16 [b rows d]`: a batch's field `image`."""
+  return jax.jit(
+    lambda params, pictures: clip.encode(
+      params, images.clip_pixels(to_unit(pictures), rec.clip.size), rec.clip
+    ).astype(jnp.float16)
+  )
+
+
+def given(config: ConfigDict, rec: Recipe) -> Callable[..., dict]:
+  """`(uint8 first frames [b 1 h w 3], pictures [b h w 3] if CLIP is to see others) -> fields of a batch`.
+
+  They are `condition`, and `image` if the model takes rows of CLIP; for T2V there are none.
+
+  Raises:
+    InputError: a missing, damaged or other-sized file.
+  """
+  if not rec.model.frame_channels:
+    return lambda first, pictures=None: {}
+  weights.require(config, ('vae', 'clip') if rec.model.image_dim else ('vae',))
+  vae_params = weights.load(config.weights.vae, 'vae', rec.vae)
+  encode = first_frames(rec, config.video.frames)
+  if not rec.model.image_dim:
+    return lambda first, pictures=None: {'condition': encode(vae_params, first)}
+  clip_params, see = weights.load(config.weights.clip, 'clip', rec.clip), image_rows(rec)
+
+  def both(first, pictures=None):
+    pictures = first[:, 0] if pictures is None else pictures
+    return {'condition': encode(vae_params, first), 'image': see(clip_params, pictures)}
+
+  return both
+
+
 def _fields(config: ConfigDict, rec: Recipe, **own: Field) -> dict[str, Field]:
   """A store's own fields, the prompts, and for I2V what conditions on the first frame."""
   length = rec.text_length
   fields = own | {'ids': Field((length,), 'int32'), 'mask': Field((length,), 'bool')}
   if rec.model.frame_channels:
     fields['condition'] = Field(recipe.latent_shape(config), 'float16')
+  if rec.model.image_dim:
+    fields['image'] = Field((rec.clip.rows, rec.clip.dim), 'float16')
   return fields
 
 
@@ -96,14 +114,17 @@ def _conditioner(config: ConfigDict, rec: Recipe) -> Callable[[dict], dict]:
   """The fields that every store has, of a batch of clips or captions."""
   if not rec.model.frame_channels:
     return lambda item: {'ids': item['ids'], 'mask': item['mask']}
-  params = weights.load(config.weights.vae, 'vae', rec.vae)
-  encode = first_frames(rec, config.video.frames)
+  fields = given(config, rec)
 
   def make(item):
-    latents = encode(params, over_local_devices(item['video'][:, :1]))
-    return {'ids': item['ids'], 'mask': item['mask'], 'condition': np.asarray(latents)}
+    found = fields(over_local_devices(item['video'][:, :1]))
+    return {'ids': item['ids'], 'mask': item['mask']} | jax.tree.map(np.asarray, found)
 
   return make
+
+
+def _taken(names: tuple[str, ...], item: dict) -> dict:
+  return {name: item[name] for name in names}
 
 
 def conditions(config: ConfigDict, rec: Recipe, folder: str) -> str:
@@ -111,11 +132,13 @@ def conditions(config: ConfigDict, rec: Recipe, folder: str) -> str:
   batch, facts = config.latents.batch, {'seed': config.seed, 'video': dict(config.video)}
   clips, common = _clips(config, rec, 1, batch), _conditioner(config, rec)
   fields = _fields(config, rec)
-  return _fill(folder, fields, config.latents.count, batch, facts, lambda n: common(clips(n)))
+  return fill(
+    folder, fields, _shards(config.latents.count, batch), facts, lambda n: common(clips(n))
+  )
 
 
 def latents(config: ConfigDict, rec: Recipe, folder: str) -> str:
-  """Encodes `latents.count` training clips; fields latents float16 `[f h w c]`, ids, mask, for I2V condition."""
+  """Encodes `latents.count` training clips; fields latents float16 `[f h w c]`, ids, mask, for I2V condition, image."""
   weights.require(config, ['vae'])
   params = weights.load(config.weights.vae, 'vae', rec.vae)
   batch, facts = config.latents.batch, {'seed': config.seed, 'video': dict(config.video)}
@@ -129,19 +152,18 @@ def latents(config: ConfigDict, rec: Recipe, folder: str) -> str:
     return {'latents': np.asarray(run(item['video']))} | common(item)
 
   fields = _fields(config, rec, latents=Field(recipe.latent_shape(config), 'float16'))
-  return _fill(folder, fields, config.latents.count, batch, facts, make)
+  return fill(folder, fields, _shards(config.latents.count, batch), facts, make)
 
 
-def given_latents(config: ConfigDict, rec: Recipe) -> str:
-  """The folder of latents that were made elsewhere, as `latents` makes them.
+def given_store(config: ConfigDict, rec: Recipe, **own: Field) -> str:
+  """The folder of a store that was made elsewhere, with the fields of `conditions` and a stage's own.
 
   Raises:
     InputError: no finished store, or records of another shape.
   """
   folder = config.data.path
   have = Store(folder).fields
-  wanted = _fields(config, rec, latents=Field(recipe.latent_shape(config), 'float16'))
-  for name, field in wanted.items():
+  for name, field in _fields(config, rec, **own).items():
     if name not in have or have[name].shape != field.shape:
       found = have[name].shape if name in have else 'absent'
       raise InputError(
@@ -150,11 +172,29 @@ def given_latents(config: ConfigDict, rec: Recipe) -> str:
   return folder
 
 
-def ode_pairs(config: ConfigDict, rec: Recipe, frozen: dict, folder: str) -> str:
+def given_latents(config: ConfigDict, rec: Recipe) -> str:
+  """The same of latents, as `latents` makes them."""
+  return given_store(config, rec, latents=Field(recipe.latent_shape(config), 'float16'))
+
+
+def ode_pairs(
+  config: ConfigDict,
+  rec: Recipe,
+  frozen: dict,
+  folder: str,
+  prompts: Callable[[data.Feed], Iterator] | None,
+) -> str:
   """Teacher trajectories; fields trajectory float16 `[p f h w c]` (kept inputs, then the end) and ids, mask, for I2V
-  condition.
+  condition and image.
 
   The kept levels are those of the student's schedule, which the teacher's grid contains.
+
+  Args:
+    config: the stage.
+    rec: its recipe.
+    frozen: text encoder and unconditional prompt.
+    folder: where the pairs go.
+    prompts: batches of tokenised prompts, for I2V with what is given; None reads clips.
   """
   keep, pairs = rec.schedule.steps[0], config.pairs
   weights.require(config, ['teacher'])
@@ -173,21 +213,21 @@ def ode_pairs(config: ConfigDict, rec: Recipe, frozen: dict, folder: str) -> str
       apply, teacher, noise, texts, sigmas, pairs.guidance, keep=keep
     ).astype(jnp.float16)
 
-  common = _conditioner(config, rec)
-  if rec.model.frame_channels:
-    batches = _clips(config, rec, 1, pairs.batch)
+  if prompts is None:
+    batches, common = _clips(config, rec, 1, pairs.batch), _conditioner(config, rec)
   else:
-    captions = functools.partial(data.captions, length=rec.text_length)
-    batches = _from(captions, pairs.batch, config)
+    batches = _from(prompts, pairs.batch, config)
+    common = functools.partial(_taken, tuple(_fields(config, rec)))
 
   def make(number):
     item = batches(number)
     record = common(item)
-    batch = over_local_devices(record | {'index': item['index'].astype(np.int32)})
+    given = {name: x for name, x in item.items() if name not in ('video', 'row')}
+    batch = over_local_devices(given | record | {'index': item['index'].astype(np.int32)})
     return {'trajectory': np.asarray(run(teacher, frozen, batch))} | record
 
   facts = {'seed': config.seed, 'pairs': dict(pairs), 'shift': rec.schedule.shift}
-  return _fill(folder, fields, pairs.count, pairs.batch, facts, make)
+  return fill(folder, fields, _shards(pairs.count, pairs.batch), facts, make)
 
 
 def causal_pairs(config: ConfigDict, rec: Recipe, frozen: dict, clean: str, folder: str) -> str:
@@ -236,4 +276,8 @@ def causal_pairs(config: ConfigDict, rec: Recipe, frozen: dict, clean: str, fold
 
   fields = _fields(config, rec, trajectory=Field((keep + 2, *shape), 'float32'))
   facts = {'seed': config.seed, 'pairs': dict(pairs), 'shift': rec.schedule.shift}
-  return _fill(folder, fields, pairs.count, pairs.batch, facts, make)
+  return fill(folder, fields, _shards(pairs.count, pairs.batch), facts, make)
+
+
+if __name__ == '__main__':
+  cli.run(text_store.program, text_store.define_flags)

@@ -13,12 +13,14 @@ from salt_jax.checks import check, section
 from salt_jax.diffusion import draws, flow
 from salt_jax.diffusion.draws import ReferenceConfig, Schedule, TripleConfig
 from salt_jax.diffusion.rollout import Chunking, Plan, student_plan
+from salt_jax.diffusion.streaming import StreamingConfig
 from salt_jax.errors import InputError
 from salt_jax.losses.alignment import AlignmentConfig
 from salt_jax.losses.causal import CausalConsistencyConfig, ForcingConfig
 from salt_jax.losses.consistency import ConsistencyConfig
 from salt_jax.losses.dmd import DMDConfig
 from salt_jax.models.cache import slots_needed
+from salt_jax.models.clip import ClipConfig
 from salt_jax.models.text import TextConfig
 from salt_jax.models.vae import VAEConfig
 from salt_jax.models.wan import PATCH, WanConfig
@@ -38,11 +40,14 @@ class Recipe:
   optimizers: Mapping
   ema_decay: float
   ema_start: int
+  clip: ClipConfig | None = None
   model: WanConfig | None = None
   teacher: WanConfig | None = None
   chunking: Chunking | None = None
   schedule: Schedule | None = None
   losses: Mapping | None = None
+  generator_every: int | None = None
+  streaming: StreamingConfig | None = None
   dmd: DMDConfig | None = None
   consistency: ConsistencyConfig | None = None
   triples: TripleConfig | None = None
@@ -74,6 +79,8 @@ def build(config: ConfigDict) -> Recipe:
   )
   if 'model' in config:
     fields['model'] = section(WanConfig, config, 'model')
+    if fields['model'].image_dim:
+      fields['clip'] = section(ClipConfig, config, 'clip')
   if 'teacher' in config:
     fields['teacher'] = section(WanConfig, config, 'teacher')
   if 'rollout' in config:
@@ -81,10 +88,14 @@ def build(config: ConfigDict) -> Recipe:
     fields['schedule'] = section(Schedule, config, 'schedule')
   if 'losses' in config:
     fields |= _terms(config)
-  for name, cls in (('forcing', ForcingConfig), ('causal_consistency', CausalConsistencyConfig)):
+  for name, cls in (
+    ('forcing', ForcingConfig),
+    ('causal_consistency', CausalConsistencyConfig),
+    ('streaming', StreamingConfig),
+  ):
     if name in config:
       fields[name] = section(cls, config, name)
-  for name in ('l1_weight', 'kl_weight', 'text_dropout', 'flow_shift'):
+  for name in ('generator_every', 'l1_weight', 'kl_weight', 'text_dropout', 'flow_shift'):
     if name in config:
       fields[name] = config[name]
   return Recipe(**fields)

@@ -2,6 +2,8 @@
 
   python -m salt_jax.sample --checkpoint=RUN_OR_FILE --prompt="a red sneaker moves left" --steps=4 --output=out.webp
   python -m salt_jax.sample --checkpoint=TEACHER --sampler=unipc --prompt="a red sneaker moves left" --output=out.mp4
+  python -m salt_jax.sample --checkpoint=RUN_OR_FILE --stream --frames=84 --switch_at=42 \
+    --prompt="a red sneaker moves left" --prompt="a red sneaker moves up"
 
 A checkpoint is the workdir of a run, or a file that a run exported; either knows the config it was made with. For any
 other file in Wan's names, --config says what it is.
@@ -10,25 +12,27 @@ other file in Wan's names, --config says what it is.
 import dataclasses
 import functools
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 from ml_collections import ConfigDict
 
 from salt_jax import cli, generate, precompute, recipe, stages, video, weights
 from salt_jax import teacher as teacher_model
 from salt_jax.checks import MAX_STEPS
-from salt_jax.diffusion import flow, rollout, solvers
+from salt_jax.diffusion import flow, rollout, solvers, streaming
 from salt_jax.errors import InputError
 from salt_jax.generate import STEPS, Generator
-from salt_jax.loading import first_image, load, load_teacher
-from salt_jax.models import vae, wan
+from salt_jax.loading import first_image, fitted, load, load_teacher
+from salt_jax.models import rope, vae, wan
 from salt_jax.models.prompt import Prompt
 from salt_jax.recipe import Recipe
 from salt_jax.sharding import on_local_devices
@@ -36,7 +40,7 @@ from salt_jax.step import conditioning, to_bytes
 
 log = logging.getLogger('salt_jax.sample')
 
-# Draws `(ids, mask, index[, condition]) -> latents`, condition for I2V as `precompute.first_frames` makes it; the noise
+# Draws `(ids, mask, index[, condition[, image]]) -> latents`, for I2V with what `precompute.given` makes; the noise
 # of a clip depends on its index alone, not on who samples.
 Sampler = Callable[..., Float[Array, 'b f h w c']]
 
@@ -47,7 +51,7 @@ def keys(rec: Recipe, index: Int[Array, 'b']) -> Key[Array, 'b']:
 
 
 def _prompts(frozen: PyTree, batch: tuple, rec: Recipe) -> tuple[Prompt, Prompt]:
-  names = ('ids', 'mask', 'index', 'condition')
+  names = ('ids', 'mask', 'index', 'condition', 'image')
   return conditioning(frozen, dict(zip(names, batch, strict=False)), rec)
 
 
@@ -142,16 +146,39 @@ def show(
   return to_bytes(pixels), features
 
 
+class Switch(NamedTuple):
+  """A prompt that takes over at the first chunk that starts at a latent frame or behind it.
+
+  Attributes:
+    frame: of the video.
+    ids, mask: the tokenised prompt.
+    global_sink: whether the sink stays as the prompt before made it.
+  """
+
+  frame: int
+  ids: Int[np.ndarray, 'b n']
+  mask: Bool[np.ndarray, 'b n']
+  global_sink: bool = True
+
+
 def stream(
-  rec: Recipe, params: PyTree, frozen: PyTree, vae_params: PyTree, batch: tuple, steps: int
+  rec: Recipe,
+  params: PyTree,
+  frozen: PyTree,
+  vae_params: PyTree,
+  batch: tuple,
+  steps: int,
+  switches: Sequence[Switch] = (),
 ) -> Iterator[UInt8[np.ndarray, 'b t h w 3']]:
   """Yields pixel frames as chunks are ready: 9 for the first chunk of 3 latents, 12 for each other.
 
-  The cache holds what a chunk can see and no more; a window makes its size independent of the length.
+  The cache holds what a chunk can see and no more; a window makes its size independent of the length, and as many
+  latents are kept, for a switch. Switches are in the order of their frames.
   """
   index, chunking = batch[2], rec.chunking
-  plan = recipe.full_plan(rec, steps)
-  text, _ = jax.jit(lambda f, b: _prompts(f, b, rec))(frozen, tuple(batch))
+  plan, apply = recipe.full_plan(rec, steps), wan.bind(rec.model)
+  encode = jax.jit(lambda f, b: _prompts(f, b, rec)[0])
+  text = encode(frozen, tuple(batch))
   cache = rollout.empty_cache(chunking, len(index), streaming=True)
   shape = chunking.latent
   features = vae.init_decode_cache(rec.vae, len(index), shape[0], shape[1])
@@ -159,14 +186,78 @@ def stream(
   @jax.jit
   def generate(params, text, index, cache, start):
     x0, _, cache = rollout.denoise_chunk(
-      wan.bind(rec.model), params, keys(rec, index), text, plan, (cache, start)
+      apply, params, keys(rec, index), text, plan, (cache, start)
     )
     return x0, cache
 
+  @functools.partial(jax.jit, static_argnames='global_sink')
+  def recache(params, cache, latents, text, start, global_sink):
+    noise = chunking.context_noise
+    return streaming.recache(
+      apply, params, cache, latents, text, start, global_sink=global_sink, context_noise=noise
+    )
+
+  last, waiting = jnp.zeros((len(index), 0, *shape)), list(switches)
   for start in range(0, chunking.frames, chunking.chunk):
+    if waiting and start >= waiting[0].frame:
+      switch = waiting.pop(0)
+      text = encode(frozen, (switch.ids, switch.mask, *batch[2:]))
+      first = np.int32(start - last.shape[1])
+      cache = recache(params, cache, last, text, first, global_sink=switch.global_sink)
     x0, cache = generate(params, text, index, cache, np.int32(start))
+    if waiting:
+      last = jnp.concatenate([last, x0], axis=1)[:, -(chunking.window or chunking.frames) :]
     pixels, features = show(vae_params, x0, features, rec.vae, start == 0)
     yield np.asarray(pixels)
+
+
+def lengthened(config: ConfigDict, rec: Recipe, frames: int | None) -> Recipe:
+  """The recipe for another number of latent frames; says what a cache that keeps all of them costs.
+
+  Raises:
+    InputError: frames that the student cannot make.
+  """
+  trained, chunk = rec.chunking.frames, rec.chunking.chunk
+  if frames is None or frames == trained:
+    return rec
+  if not rec.chunking.causal:
+    raise InputError(
+      f'--frames={frames}: this student is bidirectional and makes {trained} frames.'
+    )
+  if rec.model.frame_channels:
+    raise InputError(
+      f'--frames={frames}: a student that is given a picture makes {trained} frames.'
+    )
+  if frames < 1 or frames % chunk:
+    near = max(1, round(frames / chunk)) * chunk
+    raise InputError(f'--frames={frames} does not divide into chunks of {chunk}: choose {near}.')
+  if frames > rope.MAX_FRAMES:
+    raise InputError(f'--frames={frames} exceeds the {rope.MAX_FRAMES} positions of RoPE.')
+  chunking = recipe.chunking(config, frames)
+  if chunking.window is None:
+    size = 2 * math.prod(chunking.cache) * jnp.dtype(chunking.dtype).itemsize * frames / 2**20
+    log.warning(
+      'This student has no window: its cache keeps all %d frames, %.0f MiB a clip.', frames, size
+    )
+  return dataclasses.replace(rec, chunking=chunking)
+
+
+def _check_switches(frames: list[int], rec: Recipe) -> None:
+  """Every switch finds a chunk of its own to begin with."""
+  chunking = rec.chunking
+  if frames and chunking.chunk >= chunking.frames:
+    raise InputError(f'--switch_at={frames[0]}: a clip of a single chunk cannot change its prompt.')
+  starts = [-(-frame // chunking.chunk) * chunking.chunk for frame in frames]
+  for frame, start, before in zip(frames, starts, [0, *starts], strict=False):
+    if start >= chunking.frames:
+      raise InputError(
+        f'--switch_at={frame} is beyond the last chunk of {chunking.frames} latent frames, which starts at '
+        f'{chunking.frames - chunking.chunk}: switch there at the latest, or give more --frames.'
+      )
+    if start <= before:
+      raise InputError(
+        f'--switch_at={frame} must be behind frame {before}, where the prompt before it begins.'
+      )
 
 
 def generator(args: flags.FlagValues, prompts: Sequence[str], seed: int | None = None) -> Generator:
@@ -187,10 +278,15 @@ def generator(args: flags.FlagValues, prompts: Sequence[str], seed: int | None =
   else:
     config, rec, params = load(args.checkpoint, given)
     cfg, networks = rec.model, {'dit': params}
-  rec = rec if seed is None else dataclasses.replace(rec, seed=seed)
   image = first_image(args.image, config, rec)
+  if image is not None:
+    config, rec, first = fitted(config, rec, image)
+  rec = rec if seed is None else dataclasses.replace(rec, seed=seed)
+  names = 'vae', *({'text'} - networks.keys())
+  weights.require(config, names)
   stages.tokenizer(config, rec)(list(prompts))
-  frozen = stages.serving(config, rec, 'vae', *({'text'} - networks.keys()))
+  given_image = () if image is None else _given(config, rec, first, image)
+  frozen = stages.serving(config, rec, *names)
   frozen |= {
     'text': weights.narrowed(networks.get('text', frozen.get('text')), rec.text.dtype)
   } | _negative(args, config, rec)
@@ -204,9 +300,13 @@ def generator(args: flags.FlagValues, prompts: Sequence[str], seed: int | None =
     run = student(rec, frozen)(params, args.steps or STEPS)
     protocol = {'solver': 'student', 'steps': args.steps or STEPS}
   made = {'generator': params, 'text': frozen['text'], 'vae': frozen['vae']}
-  return Generator(
-    config, rec, made, generate.drawer(config, rec, run, frozen['vae'], image), protocol
-  )
+  draw = generate.drawer(rec, run, frozen['vae'], given_image)
+  return Generator(config, rec, made, draw, protocol)
+
+
+def _given(config: ConfigDict, rec: Recipe, first: Array, image: np.ndarray) -> tuple[Array, ...]:
+  """What a batch of one clip is given of a picture: CLIP sees it as it is, the VAE as it was `fitted`."""
+  return tuple(precompute.given(config, rec)(first, image[None]).values())
 
 
 def _negative(args, config: ConfigDict, rec: Recipe) -> dict:
@@ -229,6 +329,15 @@ def define_flags() -> None:
   flags.DEFINE_bool(
     'stream', False, 'Generate and decode chunk by chunk, and say when each is ready.'
   )
+  flags.DEFINE_integer('frames', None, 'Latent frames of a stream; by default of a trained clip.')
+  flags.DEFINE_multi_integer(
+    'switch_at',
+    [],
+    'Latent frame of a stream from which the next --prompt holds; one for each but the first.',
+  )
+  flags.DEFINE_bool(
+    'global_sink', True, 'Whether the first frames stay visible as the first prompt made them.'
+  )
 
 
 def _check(args) -> None:
@@ -236,11 +345,22 @@ def _check(args) -> None:
   if not args.prompt:
     raise InputError('pass at least one --prompt.')
   video.check_suffix('--output=', args.output)
+  _check_stream(args)
+  cli.check_folder('output', os.path.dirname(args.output))
+
+
+def _check_stream(args) -> None:
   if args.stream and (args.sampler != 'student' or args.samples > 1 or args.multihost):
     raise InputError(
       '--stream is for one clip a prompt of a student in one process: leave out --sampler, --samples and --multihost.'
     )
-  cli.check_folder('output', os.path.dirname(args.output))
+  if not args.stream and (args.frames is not None or args.switch_at):
+    raise InputError('--frames and --switch_at need --stream, which goes on chunk by chunk.')
+  if args.switch_at and len(args.switch_at) != len(args.prompt) - 1:
+    raise InputError(
+      f'{len(args.prompt)} prompts need {len(args.prompt) - 1} of --switch_at, not {len(args.switch_at)}: '
+      'one for each prompt but the first.'
+    )
 
 
 def program() -> None:
@@ -267,20 +387,29 @@ def _path(output: str, number: int, count: int) -> str:
 
 def _stream(args: flags.FlagValues) -> None:
   config, rec, params = load(args.checkpoint, args.config if cli.config_is_given() else None)
+  rec = lengthened(config, rec, args.frames)
+  _check_switches(args.switch_at, rec)
   image = first_image(args.image, config, rec)
+  if image is not None:
+    config, rec, first = fitted(config, rec, image)
   frozen = stages.serving(config, rec, 'text', 'vae')
   ids, mask = stages.tokenizer(config, rec)(list(args.prompt))
-  batch = ids, mask, args.seed + np.arange(len(ids), dtype=np.int32)
+  switches = [
+    Switch(frame, ids[i : i + 1], mask[i : i + 1], args.global_sink)
+    for i, frame in enumerate(args.switch_at, 1)
+  ]
+  count = 1 if switches else len(ids)
+  batch = ids[:count], mask[:count], args.seed + np.arange(count, dtype=np.int32)
   if image is not None:
-    first = np.broadcast_to(image, (len(ids), 1, *image.shape))
-    batch += (precompute.first_frames(rec, config.video.frames)(frozen['vae'], first),)
+    fields = _given(config, rec, first, image)
+    batch += tuple(jnp.repeat(x, count, axis=0) for x in fields)
   began = time.monotonic()
   parts = []
-  for part in stream(rec, params, frozen, frozen['vae'], batch, args.steps or STEPS):
+  for part in stream(rec, params, frozen, frozen['vae'], batch, args.steps or STEPS, switches):
     parts.append(part)
     log.info('%d frames after %.2f s', sum(p.shape[1] for p in parts), time.monotonic() - began)
   for i, clip in enumerate(np.concatenate(parts, axis=1)):
-    path = _path(args.output, i, len(ids))
+    path = _path(args.output, i, count)
     video.write(path, clip, config.video.fps)
     log.info('wrote %s', path)
 

@@ -131,14 +131,16 @@ def over_local_devices(batch: Any) -> Any:
     raise InputError(
       f'a batch of {rows} cannot be split over {len(devices)} local devices: make it a multiple.'
     )
-  mesh = Mesh(np.array(devices), ('rows',))
-  return jax.device_put(batch, NamedSharding(mesh, PartitionSpec('rows')))
+  return jax.device_put(batch, NamedSharding(_local_mesh(), PartitionSpec('rows')))
 
 
 def on_local_devices(tree: Any) -> Any:
-  """Copies of arrays on each of this process's devices, beside what `over_local_devices` split."""
-  mesh = Mesh(np.array(jax.local_devices()), ('rows',))
-  return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+  """A copy on each of this process's devices, to go with `over_local_devices`."""
+  return jax.device_put(tree, NamedSharding(_local_mesh(), PartitionSpec()))
+
+
+def _local_mesh() -> Mesh:
+  return Mesh(np.array(jax.local_devices()), ('rows',))
 
 
 def _spec(

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -10,11 +10,12 @@ import numpy as np
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from salt_jax import causal_steps, clips, data, precompute, step, weights
+from salt_jax import causal_steps, data, precompute, step, stream_steps, text_store, weights
+from salt_jax.diffusion import streaming
 from salt_jax.errors import InputError
 from salt_jax.models import text, vae, wan
-from salt_jax.models.text import WordTokenizer
 from salt_jax.recipe import Recipe
+from salt_jax.tokens import negative, tokenizer
 
 
 class StepSpec(NamedTuple):
@@ -35,6 +36,7 @@ class Stage(NamedTuple):
     frozen: networks and ids that only serve, on the host.
     averaged: trained networks that have a moving average.
     steps: what one iteration does, in order.
+    stream: makes what steps carry on besides networks.
   """
 
   shapes: dict[str, PyTree]
@@ -42,36 +44,29 @@ class Stage(NamedTuple):
   frozen: dict[str, PyTree]
   averaged: tuple[str, ...]
   steps: tuple[StepSpec, ...]
-
-
-def tokenizer(config: ConfigDict, rec: Recipe) -> WordTokenizer:
-  """The nano world's tokenizer.
-
-  Raises:
-    InputError: for UMT5-XXL, whose tokenizer is not read yet.
-  """
-  if config.size != 'nano':
-    raise InputError(
-      f'{config.name} needs the UMT5 tokenizer, which salt_jax cannot read yet; nano runs here.'
-    )
-  return WordTokenizer(clips.NANO_WORDS, rec.text_length)
+  stream: Callable[[], PyTree] = dict
 
 
 def serving(config: ConfigDict, rec: Recipe, *names: str) -> dict[str, PyTree]:
   """The frozen networks a stage asks for, and the unconditional prompt."""
   weights.require(config, names)
+  return {'negative': negative(config, rec)} | _networks(config, rec, names)
+
+
+def _stored(config: ConfigDict, rec: Recipe, *names: str) -> dict[str, PyTree]:
+  """The same for prompts that were encoded before."""
+  rows = data.padded([text_store.negative_rows(config, rec)], rec.text_length)
+  return {'negative': {'text': rows}} | _networks(config, rec, names)
+
+
+def _networks(config: ConfigDict, rec: Recipe, names: Sequence[str]) -> dict[str, PyTree]:
   frozen = {}
   for name in names:
     network = weights.NETWORKS.get(name, 'dit')
     cfg = {'vae': rec.vae, 'text': rec.text}.get(name, rec.teacher)
     params = weights.load(config.weights[name], network, cfg)
     frozen[name] = weights.narrowed(params, cfg.dtype)
-  return frozen | {'negative': _negative(config, rec)}
-
-
-def _negative(config, rec):
-  ids, mask = tokenizer(config, rec).empty(1)
-  return {'ids': np.asarray(ids), 'mask': np.asarray(mask)}
+  return frozen
 
 
 def _random(cfgs: dict, seed: int) -> dict[str, PyTree]:
@@ -99,21 +94,29 @@ def _vae(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
   )
 
 
+def _towers(rec: Recipe) -> tuple[str, ...]:
+  return ('clip',) if rec.model.image_dim else ()
+
+
 def _flow(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
+  weights.require(config, ('vae', *_towers(rec)))
   folder = precompute.latents(config, rec, os.path.join(workdir, 'latents'))
   return Stage(
     shapes={'dit': weights.shapes('dit', rec.model), 'text': weights.shapes('umt5', rec.text)},
     start=lambda: _random({'dit': rec.model, 'text': rec.text}, config.seed),
-    frozen={'negative': _negative(config, rec)},
+    frozen={'negative': negative(config, rec)},
     averaged=('dit', 'text'),
     steps=(StepSpec('dit', step.flow_step, 1, functools.partial(data.store_batches, folder)),),
   )
 
 
 def _ode(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
-  weights.require(config, ('text', 'teacher', 'vae'))
+  weights.require(config, ('text', 'teacher', 'vae', *_towers(rec)))
+  # For I2V the clips are read, which have captions and first frames, unless a store has both.
+  clips = rec.model.frame_channels and config.data.kind != 'store'
+  prompts = None if clips else _prompts(config, rec, workdir)
   frozen = serving(config, rec, 'text')
-  folder = precompute.ode_pairs(config, rec, frozen, os.path.join(workdir, 'pairs'))
+  folder = precompute.ode_pairs(config, rec, frozen, os.path.join(workdir, 'pairs'), prompts)
   return _generator(config, rec, 'teacher', frozen, (step.ode_step, folder))
 
 
@@ -166,7 +169,10 @@ def _clean_latents(config: ConfigDict, rec: Recipe, workdir: str) -> str:
 
 def _selfforcing(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
   critic = 'critic' if 'critic' in config.weights else 'teacher'
-  weights.require(config, sorted({'text', 'vae', 'teacher', 'init', critic}))
+  # Of a store's rows the encoder is not needed, but for the report of nano.
+  stored = config.data.kind == 'text_store'
+  encoder = () if stored and config.size != 'nano' else ('text',)
+  weights.require(config, sorted({'vae', 'teacher', 'init', critic, *encoder, *_towers(rec)}))
   shapes = weights.shapes('dit', rec.model)
 
   def start():
@@ -175,16 +181,36 @@ def _selfforcing(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
       'critic': weights.load(config.weights[critic], 'dit', rec.model),
     }
 
-  feed = _prompts(config, rec, workdir)
-  return Stage(
-    shapes={'generator': shapes, 'critic': shapes},
-    start=start,
-    frozen=serving(config, rec, 'teacher', 'text'),
-    averaged=('generator',),
+  feed, stage = (
+    _prompts(config, rec, workdir),
+    Stage(
+      shapes={'generator': shapes, 'critic': shapes},
+      start=start,
+      frozen=_stored(config, rec, 'teacher') if stored else serving(config, rec, 'teacher', 'text'),
+      averaged=('generator',),
+      steps=(),
+    ),
+  )
+  if rec.streaming is not None:
+    return _streamed(config, rec, stage, functools.partial(data.prompt_pairs, make=feed))
+  return stage._replace(
     steps=(
       StepSpec('generator', step.generator_step, config.generator_every, feed),
       StepSpec('critic', step.critic_step, 1, feed),
+    )
+  )
+
+
+def _streamed(config: ConfigDict, rec: Recipe, stage: Stage, feed: Callable) -> Stage:
+  """The stage along streams: a cache is carried, and the VAE makes boundary frames."""
+  if rec.streaming.boundary == 'reencoded':
+    stage = stage._replace(frozen=stage.frozen | serving(config, rec, 'vae'))
+  return stage._replace(
+    steps=(
+      StepSpec('generator', stream_steps.generator_step, config.generator_every, feed),
+      StepSpec('critic', stream_steps.critic_step, 1, feed),
     ),
+    stream=functools.partial(streaming.carry_nothing, rec.chunking, config.batch, rec.text_length),
   )
 
 
@@ -192,12 +218,19 @@ def _prompts(config: ConfigDict, rec: Recipe, workdir: str) -> Callable[[data.Fe
   if config.data.kind == 'clips':
     folder = precompute.conditions(config, rec, os.path.join(workdir, 'conditions'))
     return functools.partial(data.store_batches, folder)
+  if config.data.kind == 'store':
+    return functools.partial(data.store_batches, precompute.given_store(config, rec))
   if config.data.kind == 'captions':
     return functools.partial(data.captions, length=rec.text_length)
   if config.data.kind == 'prompts':
-    words = tokenizer(config, rec)
-    return lambda feed: data.text_file(config.data.path, feed, words)
-  raise InputError(f'data.kind={config.data.kind} is unknown: choose captions, clips or prompts.')
+    tokens = data.tokenized(config.data.path, tokenizer(config, rec))
+    return functools.partial(data.token_batches, tokens)
+  if config.data.kind == 'text_store':
+    text_store.negative_rows(config, rec)
+    return functools.partial(data.text_store, config.data.path, rec.text_length)
+  raise InputError(
+    f'data.kind={config.data.kind} is unknown: choose captions, clips, prompts, store or text_store.'
+  )
 
 
 def build(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:

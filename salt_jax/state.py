@@ -1,6 +1,6 @@
 """The state of a training run, one pytree, and how it comes onto the devices."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,24 @@ class TrainState:
     opt: their optimizer states.
     ema: moving average of the networks that samplers load.
     updates: updates of those networks so far.
+    stream: what a step leaves to the next besides networks (`diffusion.streaming.Carried`); {} is nothing.
   """
 
   params: dict[str, PyTree]
   opt: dict[str, optax.OptState]
   ema: dict[str, PyTree]
   updates: Int[Array, '']
+  stream: PyTree = struct.field(default_factory=dict)
+
+
+# Of what is carried, all that has a batch axis is split as batches are.
+_ROWS = ('data', 'fsdp')
+STREAM_RULES = (
+  ('^stream/cache/[kv]$', (None, _ROWS, None, None, None, None)),
+  ('^stream/latents$', (_ROWS, None, None, None, None)),
+  ('^stream/prompts/', (_ROWS, None)),
+  ('^stream/', 'replicate'),
+)
 
 
 def place(tree: PyTree, shardings: PyTree) -> PyTree:
@@ -40,11 +52,14 @@ def place(tree: PyTree, shardings: PyTree) -> PyTree:
 
 
 def shapes_of(
-  params: Mapping[str, PyTree], optimizers: Mapping, averaged: tuple[str, ...]
+  params: Mapping[str, PyTree],
+  optimizers: Mapping,
+  averaged: tuple[str, ...],
+  stream: Callable[[], PyTree] = dict,
 ) -> TrainState:
   """The state's shapes, from arrays or shapes of the parameters."""
   structs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), dict(params))
-  return jax.eval_shape(lambda p: _new(p, optimizers, averaged), structs)
+  return jax.eval_shape(lambda p: _new(p, optimizers, averaged, stream), structs)
 
 
 def create(
@@ -52,6 +67,7 @@ def create(
   optimizers: Mapping,
   averaged: tuple[str, ...],
   shardings: TrainState,
+  stream: Callable[[], PyTree] = dict,
 ) -> TrainState:
   """A fresh state from host parameters, born sharded.
 
@@ -60,12 +76,14 @@ def create(
     optimizers: an optax transformation for each.
     averaged: names of the networks that have a moving average.
     shardings: of the whole state.
+    stream: makes what the first step finds carried.
   """
   placed = place(jax.tree.map(lambda x: np.asarray(x, np.float32), dict(params)), shardings.params)
-  return jax.jit(lambda p: _new(p, optimizers, averaged), out_shardings=shardings)(placed)
+  new = jax.jit(lambda p: _new(p, optimizers, averaged, stream), out_shardings=shardings)
+  return new(placed)
 
 
-def _new(params, optimizers, averaged) -> TrainState:
+def _new(params, optimizers, averaged, stream=dict) -> TrainState:
   # A plain pass-through would share one buffer between parameters and average, and donation needs two.
   copy = jax.tree.map(jnp.copy, params)
   return TrainState(
@@ -73,12 +91,13 @@ def _new(params, optimizers, averaged) -> TrainState:
     opt={name: optimizers[name].init(params[name]) for name in params},
     ema={name: jax.tree.map(jnp.copy, params[name]) for name in averaged},
     updates=jnp.zeros((), jnp.int32),
+    stream=stream(),
   )
 
 
 def with_shardings(shapes: PyTree, mesh, config) -> tuple[PyTree, PyTree]:
   """(shapes that know their sharding, the shardings): what restoring and jitting need."""
-  placed = sharding.shardings(shapes, mesh, config.rules, config.shard_min_size)
+  placed = sharding.shardings(shapes, mesh, (*STREAM_RULES, *config.rules), config.shard_min_size)
   structs = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, placed
   )

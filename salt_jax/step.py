@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from salt_jax import optim
@@ -48,10 +49,26 @@ def encode(frozen, ids, mask, recipe: Recipe):
   return jax.lax.stop_gradient(text_model.encode(frozen['text'], ids, mask, recipe.text))
 
 
-def unconditional(frozen, batch: int, recipe: Recipe):
-  ids = jnp.broadcast_to(frozen['negative']['ids'], (batch, frozen['negative']['ids'].shape[-1]))
-  mask = jnp.broadcast_to(frozen['negative']['mask'], ids.shape)
-  return encode(frozen, ids, mask, recipe)
+def rows(frozen, prompts, recipe: Recipe):
+  """Encoder rows `[b n d]` of prompts that come as tokens (ids, mask), or as rows of a store (text)."""
+  if 'text' in prompts:
+    return prompts['text'].astype(jnp.float32)
+  return encode(frozen, prompts['ids'], prompts['mask'], recipe)
+
+
+def negatives(frozen, batch, count: int) -> dict[str, Array]:
+  """The unconditional prompt of each of `count` examples: the one of all, or its own where `has_negative` says so."""
+  shared = {
+    name: jnp.broadcast_to(x, (count, *x.shape[1:])) for name, x in frozen['negative'].items()
+  }
+  if 'has_negative' not in batch:
+    return shared
+
+  def pick(name, x):
+    own = rearrange(batch['has_negative'], f'b -> b {"1 " * (x.ndim - 1)}')
+    return jnp.where(own, batch[f'negative_{name}'], x)
+
+  return {name: pick(name, x) for name, x in shared.items()}
 
 
 def given_frames(batch, recipe: Recipe) -> Float[Array, 'b f h w c'] | None:
@@ -59,11 +76,17 @@ def given_frames(batch, recipe: Recipe) -> Float[Array, 'b f h w c'] | None:
   return condition(batch['condition']) if recipe.model.frame_channels else None
 
 
+def given_image(batch, recipe: Recipe) -> Float[Array, 'b i e'] | None:
+  """`Prompt.image` of a batch: its field `image`, rows of the CLIP tower; None for models without that input."""
+  return batch['image'].astype(jnp.float32) if recipe.model.image_dim else None
+
+
 def conditioning(frozen, batch, recipe: Recipe) -> tuple[Prompt, Prompt]:
-  """(prompts of a batch, the same with the unconditional text): both have the same frames (wan.md 5.4)."""
-  text = encode(frozen, batch['ids'], batch['mask'], recipe)
-  prompt = Prompt(text, frames=given_frames(batch, recipe))
-  return prompt, prompt.replace(text=unconditional(frozen, text.shape[0], recipe))
+  """(prompts of a batch, the same with the unconditional text): both have the same picture (wan.md 5.4)."""
+  text = rows(frozen, batch, recipe)
+  prompt = Prompt(text, given_image(batch, recipe), given_frames(batch, recipe))
+  others = negatives(frozen, batch, text.shape[0])
+  return prompt, prompt.replace(text=rows(frozen, others, recipe))
 
 
 def _model(cfg: wan.WanConfig, params, ctx: wan.Clip):
@@ -225,7 +248,7 @@ def flow_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple[T
 
   def loss_fn(params):
     rows = text_model.encode(params['text'], ids, mask, recipe.text)
-    text = Prompt(rows, frames=given_frames(batch, recipe))
+    text = Prompt(rows, given_image(batch, recipe), given_frames(batch, recipe))
     model = _model(recipe.model, params['dit'], wan.Clip())
     x0 = batch['latents'].astype(jnp.float32)
     per_example, aux = flow_matching_loss(model, x0, text, loss_keys, recipe.flow_shift)

@@ -1,6 +1,7 @@
-"""A store of fixed-shape arrays in ArrayRecord shards: VAE latents, text states, ODE pairs.
+"""A store of arrays in ArrayRecord shards: VAE latents, text states, ODE pairs.
 
-  folder/shard-00000.array_record     records, each the bytes of all fields in the index's order
+  folder/shard-00000.array_record     records, each the bytes of all fields in the index's order;
+                                      before a field whose leading size varies stands that size
   folder/shard-00000.json             its count, bytes and SHA-256, written after the shard
   folder/index.json                   fields, config and all shards, written last
 
@@ -11,42 +12,69 @@ missing. Several processes may write different shards of one store; one of them 
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import grain
+import jax
 import ml_dtypes
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from salt_jax.errors import InputError
 
+log = logging.getLogger(__name__)
+
 FORMAT = 1
+_LENGTH = np.dtype('<u4')
 
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-  """Shape of one record's array and the name of its dtype ('bfloat16' included)."""
+  """Shape of one record's array and the name of its dtype ('bfloat16' included).
 
-  shape: tuple[int, ...]
+  A leading size of None varies from record to record.
+  """
+
+  shape: tuple[int | None, ...]
   dtype: str
+
+  @property
+  def varies(self) -> bool:
+    return self.shape[:1] == (None,)
 
   @property
   def numpy(self) -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16 if self.dtype == 'bfloat16' else self.dtype)
 
-  @property
-  def size(self) -> int:
-    """Bytes in a record."""
-    return math.prod(self.shape) * self.numpy.itemsize
+  def fits(self, array: np.ndarray) -> bool:
+    """Whether an array is what a record of this field holds."""
+    fixed = int(self.varies)
+    same = array.ndim == len(self.shape) and array.shape[fixed:] == self.shape[fixed:]
+    return same and array.dtype == self.numpy
+
+  def pack(self, array: np.ndarray) -> bytes:
+    head = np.array(len(array), _LENGTH).tobytes() if self.varies else b''
+    return head + array.tobytes()
+
+  def unpack(self, record: bytes, offset: int) -> tuple[np.ndarray, int]:
+    """The array that starts at `offset`, and where the next one does."""
+    shape = self.shape
+    if self.varies:
+      shape = (int(np.frombuffer(record, _LENGTH, 1, offset)[0]), *shape[1:])
+      offset += _LENGTH.itemsize
+    array = np.frombuffer(record, self.numpy, math.prod(shape), offset).reshape(shape)
+    return array, offset + array.nbytes
 
 
 def _shard_name(number: int) -> str:
   return f'shard-{number:05d}.array_record'
 
 
-def _sha256(path: str) -> str:
+def sha256(path: str) -> str:
+  """Checksum of a file."""
   with open(path, 'rb') as file:
     return hashlib.file_digest(file, 'sha256').hexdigest()
 
@@ -116,26 +144,26 @@ class StoreWriter:
     """Numbers of the shards still to write."""
     return [number for number in range(self._shards) if not self._done(number)]
 
-  def write(self, number: int, records: Mapping[str, np.ndarray]) -> None:
-    """Writes one shard: every field as [n ...], in the store's dtype."""
+  def write(self, number: int, records: Mapping[str, Sequence[np.ndarray]]) -> None:
+    """Writes one shard: every field as [n ...], or as a list of n arrays if it varies, in the store's dtype."""
     self._check_records(number, records)
     count = len(next(iter(records.values())))
     path = self._path(number)
-    rows = {name: np.ascontiguousarray(records[name]) for name in self._fields}
     writer = ArrayRecordWriter(path + '.tmp', 'group_size:1,uncompressed')
     for row in range(count):
-      writer.write(b''.join(rows[name][row].tobytes() for name in self._fields))
+      fields = self._fields.items()
+      writer.write(b''.join(field.pack(np.asarray(records[name][row])) for name, field in fields))
     writer.close()
     os.replace(path + '.tmp', path)
     shard = {
       'name': _shard_name(number),
       'count': count,
       'bytes': os.path.getsize(path),
-      'sha256': _sha256(path),
+      'sha256': sha256(path),
     }
     _write_json(self._card(number), {'head': self._head, 'shard': shard})
 
-  def _check_records(self, number: int, records: Mapping[str, np.ndarray]) -> None:
+  def _check_records(self, number: int, records: Mapping[str, Sequence[np.ndarray]]) -> None:
     if not 0 <= number < self._shards:
       raise InputError(f'shard {number} is outside the {self._shards} shards of {self._folder}.')
     if set(records) != set(self._fields):
@@ -143,10 +171,10 @@ class StoreWriter:
         f'records have fields {sorted(records)}, but the store has {sorted(self._fields)}.'
       )
     for name, field in self._fields.items():
-      given = records[name]
-      if given.shape[1:] != field.shape or given.dtype != field.numpy:
+      wrong = next((x for x in map(np.asarray, records[name]) if not field.fits(x)), None)
+      if wrong is not None:
         raise InputError(
-          f"field '{name}' is {given.dtype} {given.shape[1:]} a record, "
+          f"field '{name}' is {wrong.dtype} {wrong.shape} a record, "
           f'but the store has {field.dtype} {field.shape}.'
         )
     if len({len(array) for array in records.values()}) > 1:
@@ -170,6 +198,30 @@ class StoreWriter:
     _write_json(
       os.path.join(self._folder, 'index.json'), self._head | {'count': count, 'shards': shards}
     )
+
+
+def fill(folder: str, fields: dict, shards: int, facts: dict, make: Callable[[int], dict]) -> str:
+  """Writes the missing shards of a store with `make(number)`, and finishes it; returns the folder.
+
+  Each process writes the shards whose number is its own modulo the process count.
+
+  Raises:
+    InputError: see `StoreWriter`.
+  """
+  writer = StoreWriter(folder, fields, shards, facts)
+  if not os.path.exists(os.path.join(folder, 'index.json')):
+    todo = [n for n in writer.missing() if n % jax.process_count() == jax.process_index()]
+    for done, number in enumerate(todo, 1):
+      writer.write(number, make(number))
+      if done % 10 == 0 or done == len(todo):
+        log.info('%s: %d of %d shards', folder, done, len(todo))
+    if jax.process_count() > 1:
+      from jax.experimental import multihost_utils
+
+      multihost_utils.sync_global_devices(folder)
+    if jax.process_index() == 0:
+      writer.finish()
+  return folder
 
 
 class Store(grain.sources.RandomAccessDataSource):
@@ -208,9 +260,7 @@ class Store(grain.sources.RandomAccessDataSource):
   def __getitem__(self, row: int) -> dict[str, np.ndarray]:
     record, offset, arrays = self._source[row], 0, {}
     for name, field in self.fields.items():
-      part = np.frombuffer(record, field.numpy, math.prod(field.shape), offset)
-      arrays[name] = part.reshape(field.shape)
-      offset += field.size
+      arrays[name], offset = field.unpack(record, offset)
     return arrays
 
   def __repr__(self) -> str:
@@ -226,5 +276,5 @@ def _check_shard(folder: str, shard: dict, verify: bool) -> None:
     raise InputError(
       f'{path} has {os.path.getsize(path)} bytes instead of {shard["bytes"]}: {mend}.'
     )
-  if verify and _sha256(path) != shard['sha256']:
+  if verify and sha256(path) != shard['sha256']:
     raise InputError(f'{path} has another SHA-256 than its index says: {mend}.')

@@ -63,7 +63,7 @@ def sampler(
 
   @jax.jit
   def run(params, frozen, table, scale, batch):
-    names = ('ids', 'mask', 'index', 'condition')
+    names = ('ids', 'mask', 'index', 'condition', 'image')
     texts = conditioning(frozen, dict(zip(names, batch, strict=False)), rec)
     keys = flow.example_keys(jax.random.key(rec.seed + 1), batch[2])
     noise = flow.frame_noise(keys, jnp.arange(shape[0]), 0, tuple(shape[1:]))

@@ -56,11 +56,16 @@ def run(config: ConfigDict, workdir: str) -> dict[str, int]:
   evaluate.check(config, rec)
   watch = monitor.watcher(config, rec, sharding.replicated(mesh))
 
-  shapes = states.shapes_of(stage.shapes, rec.optimizers, stage.averaged)
+  shapes = states.shapes_of(stage.shapes, rec.optimizers, stage.averaged, stage.stream)
   like, placed = states.with_shardings(shapes, mesh, config)
   checkpoints = Checkpoints(
     os.path.join(workdir, 'checkpoints'), config.checkpoint.every, config.checkpoint.keep
   )
+  if checkpoints.latest_step() == 0:
+    raise InputError(
+      f'{workdir} holds converted weights and no run: pass another --workdir, and '
+      f'--config.weights.NAME={workdir} to start from them.'
+    )
   start = checkpoints.latest_step() or 0
   if start > config.total_steps:
     raise InputError(
@@ -69,7 +74,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, int]:
   state = (
     _restore(checkpoints, start, like)
     if start
-    else states.create(stage.start(), rec.optimizers, stage.averaged, placed)
+    else states.create(stage.start(), rec.optimizers, stage.averaged, placed, stage.stream)
   )
   _, frozen_placed = states.with_shardings(stage.frozen, mesh, config)
   frozen = states.place(stage.frozen, frozen_placed)

@@ -156,7 +156,7 @@ def read_image(path: str) -> UInt8[np.ndarray, 'h w 3']:
   try:
     with Image.open(path) as image:
       return np.asarray(image.convert('RGB'))
-  except OSError as error:
+  except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
     raise InputError(f'{path} cannot be read as a picture: pass a PNG, JPEG or WebP.') from error
 
 

@@ -2,8 +2,9 @@
 
 A row reads (Wan's module, the foreign module, kind); '*' stands for a layer's index, and the kind
 says which tensors the module holds and how each is laid out in torch and in the parameters. Foreign
-is diffusers for the DiT and the VAE, transformers for UMT5. diffusers groups the layers of
-the VAE's decoder in stages; the table counts them through, as Wan does (`counted_through`).
+is diffusers for the DiT and the VAE, transformers for UMT5 and CLIP. Three foreign modules, joined
+by spaces, are the thirds of Wan's. diffusers groups the layers of the VAE's decoder in stages; the
+table counts them through, as Wan does (`counted_through`, and back `counted_in_stages`).
 """
 
 import functools
@@ -15,25 +16,36 @@ from salt_jax.errors import InputError
 
 
 class Layout(NamedTuple):
-  """A tensor's name in the parameters and its axes in torch and in the parameters."""
+  """A tensor's name in the parameters and its axes in torch and in the parameters.
+
+  `foreign` are its axes in the foreign model where they are not those of Wan.
+  """
 
   leaf: str
   torch: str
   params: str
   sizes: tuple[tuple[str, int], ...] = ()
+  foreign: str = ''
 
 
 class Entry(NamedTuple):
-  """One tensor (or one for each layer, '*'): its Wan name, its foreign name, its layout."""
+  """One tensor (or one for each layer, '*'): its Wan name, its foreign name, its layout.
+
+  `foreign` is '' where the foreign model has no such tensor. With `parts` above 1 the foreign
+  tensor is the one numbered `part` of that many equal pieces along the first axis of Wan's.
+  """
 
   wan: str
   foreign: str
   layout: Layout
+  part: int = 0
+  parts: int = 1
 
 
 _KERNEL = Layout('kernel', 'output input', 'input output')
 _BIAS = Layout('bias', 'c', 'c')
 _SCALE = Layout('weight', 'c', 'c')
+_CONV2D = Layout('kernel', 'output input h w', 'h w input output')
 _KINDS = {
   'linear': {'.weight': _KERNEL, '.bias': _BIAS},
   'matrix': {'.weight': _KERNEL},
@@ -44,7 +56,11 @@ _KINDS = {
   'embedding': {'.weight': Layout('embedding', 'n d', 'n d')},
   'modulation': {'': Layout('modulation', '1 n d', '1 n d')},
   'emb_pos': {'': Layout('emb_pos', '1 n d', '1 n d')},
-  'conv2d': {'.weight': Layout('kernel', 'output input h w', 'h w input output'), '.bias': _BIAS},
+  'conv2d': {'.weight': _CONV2D, '.bias': _BIAS},
+  'conv2d_matrix': {'.weight': _CONV2D},
+  'class_token': {'': Layout('cls_embedding', '1 1 d', '1 1 d', foreign='d')},
+  'positions': {'': Layout('pos_embedding', '1 n d', '1 n d', foreign='n d')},
+  'projection': {'': Layout('head', 'input output', 'input output')},
   'conv3d': {
     '.weight': Layout('kernel', 'output input t h w', 't h w input output'),
     '.bias': _BIAS,
@@ -145,19 +161,53 @@ _VAE = (
   *_residual('decoder.upsamples.*', 'decoder.up_blocks.*'),
   *_resample('decoder.upsamples.*', 'decoder.up_blocks.*'),
 )
+# The vision tower; Wan's names stand behind 'visual.', those of transformers behind 'vision_model.'.
+_CLIP = (
+  ('cls_embedding', 'embeddings.class_embedding', 'class_token'),
+  ('pos_embedding', 'embeddings.position_embedding.weight', 'positions'),
+  ('patch_embedding', 'embeddings.patch_embedding', 'conv2d_matrix'),
+  ('pre_norm', 'pre_layrnorm', 'norm'),
+  *(
+    (f'transformer.*.{wan}', ' '.join(f'encoder.layers.*.{name}' for name in foreign), kind)
+    for wan, foreign, kind in (
+      ('norm1', ('layer_norm1',), 'norm'),
+      ('attn.to_qkv', ('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'), 'linear'),
+      ('attn.proj', ('self_attn.out_proj',), 'linear'),
+      ('norm2', ('layer_norm2',), 'norm'),
+      ('mlp.0', ('mlp.fc1',), 'linear'),
+      ('mlp.2', ('mlp.fc2',), 'linear'),
+    )
+  ),
+  ('post_norm', 'post_layernorm', 'norm'),
+  ('head', '', 'projection'),
+)
+CLIP_LAYERS = 32
 
-_TABLES = {'dit': _DIT, 'vae': _VAE, 'umt5': _UMT5}
+_TABLES = {'dit': _DIT, 'vae': _VAE, 'umt5': _UMT5, 'clip': _CLIP}
+NETWORKS = tuple(_TABLES)
+FOREIGN = {'dit': 'diffusers', 'vae': 'diffusers', 'umt5': 'transformers', 'clip': 'transformers'}
 
 
 def entries(network: str) -> list[Entry]:
   """Every tensor that a checkpoint of `network` may hold, one entry for all layers."""
   if network not in _TABLES:
     raise InputError(f'unknown network {network!r}; choose one of {", ".join(_TABLES)}.')
-  return [
-    Entry(wan + leaf, foreign + leaf, layout)
-    for wan, foreign, kind in _TABLES[network]
-    for leaf, layout in _KINDS[kind].items()
-  ]
+  found = []
+  for wan, foreign, kind in _TABLES[network]:
+    pieces = foreign.split() or ['']
+    for leaf, layout in _KINDS[kind].items():
+      found += [
+        Entry(wan + leaf, piece and piece + leaf, layout, part, len(pieces))
+        for part, piece in enumerate(pieces)
+      ]
+  return found
+
+
+def clip_names() -> list[str]:
+  """Wan's names of the whole vision tower, without 'visual.'."""
+  rows = dict.fromkeys(entry.wan for entry in entries('clip'))
+  layers = range(CLIP_LAYERS)
+  return [row.replace('*', str(n)) for row in rows for n in (layers if '*' in row else (0,))]
 
 
 @functools.cache
@@ -174,6 +224,22 @@ def counted_through(keys: Iterable[str]) -> dict[str, str]:
     key: f'decoder.up_blocks.{int(m[1]) * (blocks + 1) + int(m[2] or blocks)}.{m[3]}' if m else key
     for key, m in found.items()
   }
+
+
+def counted_in_stages(keys: Iterable[str]) -> dict[str, str]:
+  """The inverse of `counted_through`; a stage ends with the layer that resamples."""
+  keys = list(keys)
+  layer = re.compile(r'decoder\.up_blocks\.(\d+)\.(.*)')
+  found = {key: layer.fullmatch(key) for key in keys}
+  ends = [int(m[1]) for m in found.values() if m and m[2].startswith('resample.')]
+  blocks = min(ends, default=len(keys))
+
+  def staged(index: int, rest: str) -> str:
+    stage, place = divmod(index, blocks + 1)
+    part = 'upsamplers.0' if place == blocks else f'resnets.{place}'
+    return f'decoder.up_blocks.{stage}.{part}.{rest}'
+
+  return {key: staged(int(m[1]), m[2]) if m else key for key, m in found.items()}
 
 
 def find(table: Mapping[str, Any], key: str) -> tuple[str, str]:

@@ -10,11 +10,13 @@ import numpy as np
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from salt_jax import checkpoint, convert
+from salt_jax import checkpoint, convert, tensor_files
 from salt_jax.errors import InputError
-from salt_jax.models import text, vae, wan
+from salt_jax.models import clip, text, unigram, vae, wan
 
-NETWORKS = {'vae': 'vae', 'text': 'umt5'}  # everything else is a DiT
+NETWORKS = {'vae': 'vae', 'text': 'umt5', 'clip': 'clip'}  # everything else is a DiT
+# What a run calls the averaged network of a kind.
+_AVERAGED = {'vae': ('vae_ema',), 'umt5': ('text_ema',), 'dit': ('generator_ema', 'dit_ema')}
 
 
 def resolve(path: str) -> str:
@@ -40,27 +42,54 @@ def require(config: ConfigDict, names: Sequence[str]) -> None:
     InputError: naming every missing file and where it goes.
   """
   paths = {name: resolve(config.weights[name]) for name in names}
-  missing = [f'{path} (weights.{name})' for name, path in paths.items() if not os.path.isfile(path)]
+  missing = [f'{path} (weights.{name})' for name, path in paths.items() if not _is_there(path)]
+  if 'text' in names and config.size != 'nano' and not unigram.find(config.weights.tokenizer):
+    missing.append(
+      f'{" or ".join(unigram.FILES)} in {config.weights.tokenizer} (weights.tokenizer)'
+    )
   if missing:
     raise InputError(
       f"{config.name} needs weights that are not there: {', '.join(missing)}; put them there in Wan's own names as "
-      'safetensors, or point --config.weights.NAME at them. --config=configs/selfforcing.py:nano runs without any.'
+      'safetensors, with python -m salt_jax.convert, or point --config.weights.NAME at them. '
+      '--config=configs/selfforcing.py:nano runs without any.'
     )
+
+
+def _is_there(path: str) -> bool:
+  return os.path.isfile(path) or os.path.isdir(os.path.join(path, 'checkpoints'))
 
 
 def shapes(network: str, cfg) -> PyTree:
   """Shapes of a network's parameters; nothing is allocated."""
-  module = {'vae': vae, 'umt5': text, 'dit': wan}[network]
+  module = {'vae': vae, 'umt5': text, 'clip': clip, 'dit': wan}[network]
   return jax.eval_shape(lambda key: module.init_params(key, cfg), jax.random.key(0))
 
 
 def load(path: str, network: str, cfg) -> PyTree:
   """Reads float32 parameters for a network of the given sizes.
 
+  Args:
+    path: a file, or a run's workdir, whose averaged network is taken.
+    network: 'dit', 'vae' or 'umt5'.
+    cfg: its sizes.
+
   Raises:
     InputError: a missing, damaged or other-sized file.
   """
-  return convert.load_params(resolve(path), network, shapes(network, cfg))
+  path, like = resolve(path), shapes(network, cfg)
+  if not os.path.isdir(path):
+    return convert.load_params(path, network, like)
+  folder = os.path.join(path, 'checkpoints')
+  found = checkpoint.entries(folder)
+  entry = next((name for name in _AVERAGED[network] if name in found), None)
+  if entry is None:
+    raise InputError(f'{path} is a run without an averaged {network}; it has {", ".join(found)}.')
+  params = jax.tree.map(np.asarray, checkpoint.restore_network(folder, entry))
+  try:
+    convert.check(params, like)
+  except InputError as error:
+    raise InputError(f'{path}: {error}') from error
+  return params
 
 
 def narrowed(params: PyTree, dtype: str) -> PyTree:
@@ -90,10 +119,7 @@ def config_of(path: str) -> ConfigDict:
   Raises:
     InputError: if it carries none.
   """
-  convert.load_safetensors(path)
-  with open(path, 'rb') as file:
-    size = int.from_bytes(file.read(8), 'little')
-    metadata = json.loads(file.read(size)).get('__metadata__', {})
+  _, metadata = tensor_files.scan(path)
   if 'config' not in metadata:
     raise InputError(
       f'{path} does not say which config made it: pass the workdir of a run instead.'

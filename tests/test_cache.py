@@ -51,6 +51,44 @@ def test_reads_exactly_the_frames_that_the_window_names(sink, window, streaming)
     assert static == masked == _expected(start, sink, window), f'chunk at {start}'
 
 
+@pytest.mark.parametrize(('sink', 'window'), [(0, 6), (3, 9), (3, 12), (1, 8), (2, 7)])
+def test_a_ring_longer_than_the_window_is_read_where_the_window_is(sink, window):
+  """Of a ring that keeps a clip behind what its first chunk sees, no more slots are read than the window has."""
+  cache = caches.allocate((1, 1, window - CHUNK + 12, 2, 1, 2), jnp.float32, sink, window)
+  for end in range(0, 60, CHUNK):
+    cache = _fill(
+      cache, CHUNK, lambda c, k, v, start, end=end: caches.write(c, k + end, v, start + end)
+    )
+    held = np.asarray(cache.k[0, 0, :, 0, 0, 0])
+    # Any chunk of the last clip can be asked again.
+    for start in range(max(0, end - 9), end + CHUNK + 1, CHUNK):
+      slots, valid = (np.asarray(x) for x in caches.visible_slots(cache, jnp.int32(start), CHUNK))
+      assert slots.size == window - CHUNK
+      assert sorted(held[slots[valid]].astype(int)) == _expected(start, sink, window), (end, start)
+
+
+@pytest.mark.parametrize('last', [9, 30])
+@pytest.mark.parametrize('capacity', [9, 21])
+def test_recached_frames_keep_their_places_and_the_sink_is_kept_or_replaced(last, capacity):
+  """Sink 3, window 12: twelve frames written anew (or the nine there are) hold 1000 + their number."""
+  cache = _fill(caches.allocate((1, 1, capacity, 2, 1, 2), jnp.float32, 3, 12), last)
+  first = max(0, last - 12)
+  k = jnp.concatenate([_frame(1000 + f) for f in range(first, last)], axis=2)
+  kept = caches.rewrite(cache, k, -k, jnp.int32(first), keep_sink=True)
+  replaced = caches.rewrite(cache, k, -k, jnp.int32(first), keep_sink=False)
+  np.testing.assert_array_equal(kept.frames, cache.frames)
+  np.testing.assert_array_equal(replaced.frames[3:], cache.frames[3:])
+  np.testing.assert_array_equal(kept.k[0, 0, :3, 0, 0, 0], [0, 1, 2])
+  np.testing.assert_array_equal(replaced.frames[:3], first + np.arange(3))
+  np.testing.assert_array_equal(replaced.k[0, 0, :3, 0, 0, 0], 1000 + first + np.arange(3))
+  for new, sink in ((kept, [0, 1, 2]), (replaced, 1000 + first + np.arange(3))):
+    slots, valid = caches.visible_slots(new, jnp.int32(last), CHUNK)
+    read = np.asarray(new.k[0, 0, slots, 0, 0, 0])[np.asarray(valid)]
+    recent = 1000 + np.arange(max(3, last - 6), last)
+    np.testing.assert_array_equal(np.sort(read), np.sort([*sink, *recent]))
+    np.testing.assert_array_equal(new.v, -new.k)
+
+
 def test_sink_survives_many_turns_of_the_ring():
   cache = caches.allocate((1, 1, 9, 2, 1, 2), jnp.float32, 3, 12)
   cache = _fill(cache, 120)

@@ -19,7 +19,7 @@ from salt_jax.diffusion import flow, forcing
 from salt_jax.errors import InputError
 from salt_jax.losses import causal
 from salt_jax.models import wan
-from salt_jax.step import encode, step_keys, unconditional
+from salt_jax.step import conditioning, step_keys
 from salt_jax.store import Field, Store, StoreWriter
 from tests import tiny_config
 
@@ -98,7 +98,7 @@ def test_pairs_hold_the_noise_the_trajectory_its_end_and_the_real_clip(ar, later
   rec = recipe.build(config)
   frozen = stages.serving(config, rec, 'text', 'ar')
   ids, mask = (np.stack([clips[i][name] for i in range(4)]) for name in ('ids', 'mask'))
-  texts = encode(frozen, ids, mask, rec), unconditional(frozen, 4, rec)
+  texts = conditioning(frozen, {'ids': ids, 'mask': mask}, rec)
   model = functools.partial(wan.apply, frozen['ar'], cfg=rec.model)
   velocity = jax.jit(forcing.forced(model, 3))
   clean, x = records[:4, 5], records[:4, 0]
@@ -146,15 +146,14 @@ def _loss_of(name, rec, state, frozen, batch):
 
   def loss(params):
     keys = step_keys(rec, 0, 'generator', batch['index'])[1]
-    text = encode(frozen, batch['ids'], batch['mask'], rec)
+    texts = text, _ = conditioning(frozen, batch, rec)
     x0 = batch['latents'].astype(np.float32)
     if name == 'causal_ode':
       sigmas = jnp.asarray(flow.few_step_sigmas(4, 5.0), jnp.float32)
       return causal.causal_ode_loss(forced(params), batch['trajectory'], text, keys, sigmas)[0]
     if name == 'causal_cd':
-      texts = text, unconditional(frozen, 2, rec)
       fns = causal.Fns(*map(forced, (params, state.ema['generator'], frozen['ar'])))
-      return causal.causal_consistency_loss(fns, x0, texts, keys, rec.consistency, 5.0)[0]
+      return causal.causal_consistency_loss(fns, x0, texts, keys, rec.causal_consistency, 5.0)[0]
     model = (free if rec.forcing.context == 'diffusion' else forced)(params)
     return causal.causal_flow_loss(model, x0, text, keys, rec.forcing, chunk=3, shift=5.0)[0]
 

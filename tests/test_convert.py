@@ -58,7 +58,7 @@ def weights(name: str) -> dict[str, np.ndarray]:
 @functools.cache
 def wan_weights(name: str) -> dict[str, np.ndarray]:
   network = MODELS[name][0]
-  return convert.rename(weights(name), network, convert.FOREIGN[network])
+  return convert.rename(weights(name), network, wan_names.FOREIGN[network])
 
 
 def shapes_on_meta(make, network: str) -> dict[str, tuple[int, ...]]:
@@ -66,7 +66,7 @@ def shapes_on_meta(make, network: str) -> dict[str, tuple[int, ...]]:
   with torch.device('meta'):
     state = make().state_dict()
   empty = {key: np.broadcast_to(np.float32(0), tuple(x.shape)) for key, x in state.items()}
-  renamed = convert.rename(empty, network, convert.FOREIGN[network])
+  renamed = convert.rename(empty, network, wan_names.FOREIGN[network])
   return {key: x.shape for key, x in renamed.items()}
 
 
@@ -319,7 +319,7 @@ def test_wrong_naming_or_network_is_refused():
   with pytest.raises(InputError, match="not 'transformers'"):
     convert.rename(weights('t2v'), 'dit', 'transformers')
   with pytest.raises(InputError, match='unknown network'):
-    convert.from_wan({}, 'clip')
+    convert.from_wan({}, 'audio')
   with pytest.raises(InputError, match='blocks.ffn_0.gamma'):
     convert.to_wan({'blocks': {'ffn_0': {'gamma': np.ones((2, 3))}}}, 'dit')
   with pytest.raises(InputError, match='norm3.kernel'):

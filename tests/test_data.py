@@ -11,6 +11,7 @@ import pytest
 from salt_jax import clips, data, store
 from salt_jax.errors import InputError
 from salt_jax.models.text import WordTokenizer
+from salt_jax.prompts import read
 
 SMALL = {'frames': 3, 'size': 16}
 
@@ -53,7 +54,7 @@ def opened(request, prompts, folder):
   return {
     'clips': lambda feed: data.clips(feed, **SMALL),
     'captions': lambda feed: data.captions(feed),
-    'text_file': lambda feed: data.text_file(prompts, feed, tokenize),
+    'text_file': lambda feed: data.token_batches(data.tokenized(prompts, tokenize), feed),
     'store': lambda feed: data.store_batches(folder, feed),
   }[request.param]
 
@@ -106,7 +107,7 @@ def test_every_epoch_is_another_order_of_everything(pipeline, count, prompts, fo
   stream = (
     data.store_batches(folder, feed)
     if pipeline == 'store'
-    else data.text_file(prompts, feed, WordTokenizer(clips.NANO_WORDS, 16))
+    else data.token_batches(data.tokenized(prompts, WordTokenizer(clips.NANO_WORDS, 16)), feed)
   )
   epochs = [batch['row'].tolist() for batch in take(stream, 4)]
   assert all(sorted(rows) == list(range(count)) for rows in epochs)
@@ -115,8 +116,8 @@ def test_every_epoch_is_another_order_of_everything(pipeline, count, prompts, fo
 
 def test_rows_name_the_prompt_and_the_record(prompts, folder):
   tokenize = WordTokenizer(clips.NANO_WORDS, 16)
-  lines = data.read_prompts(prompts)
-  batch = next(data.text_file(prompts, data.Feed(20), tokenize))
+  lines = [entry.prompt for entry in read(prompts)]
+  batch = next(data.token_batches(data.tokenized(prompts, tokenize), data.Feed(20)))
   np.testing.assert_array_equal(batch['ids'], tokenize([lines[row] for row in batch['row']])[0])
   batch = next(data.store_batches(folder, data.Feed(20)))
   np.testing.assert_array_equal(batch['value'], np.stack([batch['row'], batch['row'] ** 2], -1))
@@ -168,7 +169,7 @@ def test_bad_prompt_files_are_refused(tmp_path, content, sentence):
   if content is not None:
     path.write_bytes(content)
   with pytest.raises(InputError, match=sentence):
-    data.text_file(str(path), data.Feed(2), WordTokenizer(clips.NANO_WORDS, 16))
+    data.tokenized(str(path), WordTokenizer(clips.NANO_WORDS, 16))
 
 
 @pytest.mark.parametrize('batch, processes', [(6, 4), (0, 1)])

@@ -160,12 +160,16 @@ def test_pictures_that_do_not_fit_are_refused(world, tmp_path):
   Image.new('RGB', (32, 32), 'red').save(tmp_path / 'red.png')
   Image.new('RGB', (48, 32)).save(tmp_path / 'wide.png')
   (tmp_path / 'text.png').write_text('no picture')
+  (tmp_path / 'cut.png').write_bytes((tmp_path / 'red.png').read_bytes()[:50])
+  (tmp_path / 'folder.png').mkdir()
   assert sample.first_image(str(tmp_path / 'red.png'), config, rec)[0, 0].tolist() == [255, 0, 0]
   text_alone = dataclasses.replace(rec, model=dataclasses.replace(rec.model, in_channels=16))
   for path, given, sentence in (
     (None, rec, 'pass --image: this student continues a picture of 32x32 pixels.'),
     (tmp_path / 'wide.png', rec, 'wide.png is 48x32: scale it to 32x32 pixels.'),
     (tmp_path / 'text.png', rec, 'text.png cannot be read as a picture'),
+    (tmp_path / 'cut.png', rec, 'cut.png cannot be read as a picture'),
+    (tmp_path / 'folder.png', rec, 'folder.png cannot be read as a picture'),
     (tmp_path / 'none.png', rec, 'none.png cannot be read as a picture'),
     (tmp_path / 'red.png', text_alone, 'has no use: this student is given text alone.'),
   ):

@@ -16,13 +16,26 @@ import safetensors.numpy
 from absl import flags
 
 from configs import base, causal_init, pretrain, selfforcing
-from salt_jax import cli, convert, evaluate, main, recipe, sample, stages, train, vbench, weights
+from salt_jax import (
+  cli,
+  convert,
+  convert_cli,
+  evaluate,
+  main,
+  recipe,
+  sample,
+  stages,
+  train,
+  vbench,
+  weights,
+)
 from salt_jax.checkpoint import Checkpoints, write_config
 from salt_jax.checks import check_batch
 from salt_jax.errors import InputError, NonFiniteError
 from tests import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[1]
+STUDENT = 'assets:nano_student.safetensors'
 NANO = '--config=configs/selfforcing.py:nano'
 
 
@@ -148,6 +161,25 @@ WRONG_COMMANDS = {
       '--output: nothing can be written to LICENSE',
     ),
     (
+      ['--checkpoint=x', '--prompt=a bag', '--frames=42'],
+      '--frames and --switch_at need --stream, which goes on chunk by chunk.',
+    ),
+    (
+      ['--checkpoint=x', '--prompt=a bag', '--stream', '--switch_at=9'],
+      '1 prompts need 0 of --switch_at, not 1: one for each prompt but the first.',
+    ),
+    *(
+      ([f'--checkpoint={STUDENT}', '--stream', '--prompt=a bag', '--prompt=a boot', *flags], sentence)
+      for flags, sentence in (
+        (['--frames=43'], '--frames=43 does not divide into chunks of 3: choose 42.'),
+        (['--frames=0'], '--frames=0 does not divide into chunks of 3: choose 3.'),
+        (['--frames=6000'], '--frames=6000 exceeds the 4096 positions of RoPE.'),
+        (['--switch_at=19'], '--switch_at=19 is beyond the last chunk of 21 latent frames, which starts at 18:'),
+        (['--switch_at=0'], '--switch_at=0 must be behind frame 0, where the prompt before it begins.'),
+        (['--switch_at=4', '--prompt=a bag', '--switch_at=6'], '--switch_at=6 must be behind frame 6, where the'),
+      )
+    ),
+    (
       ['--checkpoint=nowhere', '--prompt=a bag'],
       'nowhere is not there or not a file; check the path.',
     ),
@@ -184,8 +216,34 @@ WRONG_COMMANDS = {
     ([], 'pass --results: a folder that salt_jax.evaluate --vbench has written.'),
     (['--results={tmp}'], 'has no vbench.json: pass a folder that salt_jax.evaluate --vbench has written.'),
   ),
+  'convert': (
+    ([], 'pass --input: a file of weights, an index of shards, or the workdir of a run.'),
+    (['--input=x'], 'pass --output: the file to write, such as student.safetensors.'),
+    (['--input=x', '--output=x.pt'], '--output=x.pt must end in .safetensors.'),
+    (['--input=x', '--output=LICENSE/x.safetensors'], '--output: nothing can be written to LICENSE'),
+    (['--input=x', '--output={tmp}/x.safetensors', '--report=LICENSE/r'], '--report: nothing can be written to'),
+    (['--input=x', '--output={tmp}/x.safetensors'], 'x is not there or not a file; check the path.'),
+    (['--input={tmp}', '--output={tmp}/x.safetensors'], 'must hold one file of weights or one index, not none;'),
+    (
+      ['--input=assets:nano_student.safetensors', '--output={tmp}/x.safetensors', '--entry=generator'],
+      '--entry=generator has no use: ',
+    ),
+    (
+      ['--input=assets:nano_student.safetensors', '--output={tmp}/x.safetensors', '--size=2b'],
+      '--size=2b is not a size of dit; choose 1.3b, 14b, i2v_14b, flf2v_14b, nano, nano_i2v.',
+    ),
+    (['--network=gan'], '--network=gan: value should be one of <dit|vae|umt5|clip>'),
+    (['--names=hf'], '--names=hf: value should be one of <wan|diffusers|comfyui|orbax>'),
+    (['--dtype=int8'], '--dtype=int8: value should be one of <keep|float32|float16|bfloat16>'),
+    (
+      ['--input=x', '--output=x.safetensors', '--names=comfyui', '--network=vae'],
+      '--names=comfyui is for a DiT; choose wan or diffusers for vae.',
+    ),
+    (['--input=x', '--output=x.safetensors', NANO, '--size=nano'], '--size has no use beside --config,'),
+    (['--input=x', '--output=x', '--names=orbax', '--dtype=float16'], '--names=orbax is for a DiT in float32;'),
+    (['--input=x', '--output=x.safetensors', '--network=vae', '--lora=y'], '--lora is for a DiT, not for vae;'),
+  ),
 }
-
 
 
 @pytest.fixture
@@ -193,7 +251,13 @@ def programs():
   """Programs run in this process; afterwards flags and log are as before."""
   known, logger = set(flags.FLAGS), logging.getLogger('salt_jax')
   handlers = list(logger.handlers)
-  yield {'main': main, 'sample': sample, 'evaluate': evaluate, 'vbench': vbench}
+  yield {
+    'main': main,
+    'sample': sample,
+    'evaluate': evaluate,
+    'vbench': vbench,
+    'convert': convert_cli,
+  }
   for name in set(flags.FLAGS) - known:
     delattr(flags.FLAGS, name)
   flags.FLAGS.unparse_flags()
@@ -234,6 +298,7 @@ def test_mp4_without_pyav_is_refused_before_anything_is_loaded(programs, monkeyp
       [
         *('selfforcing-1.3b needs weights that are not there: ', '--config=configs/selfforcing.py:nano runs'),
         *('weights/Wan2.1_VAE.safetensors (weights.vae)', 'weights/Wan2.1-T2V-14B.safetensors (weights.teacher)'),
+        'tokenizer.json or spiece.model in weights/google/umt5-xxl (weights.tokenizer)',
         *('weights/models_t5_umt5-xxl-enc-bf16.safetensors (weights.text)', '(weights.critic)', '(weights.init)'),
       ],
     ),
@@ -282,6 +347,8 @@ def test_arguments_of_configs_are_typed(arg, sentence):
 I2V = {'model.in_channels': 36, 'teacher.in_channels': 36}
 NO_TERMS = {'losses.dmd': 0.0, 'losses.consistency': 0.0, 'losses.alignment': 0.0}
 STAGES = {
+  'streaming': lambda: selfforcing.get_config('nano,backbone=longlive,streaming'),
+  'streaming_i2v': lambda: selfforcing.get_config('nano,backbone=longlive,streaming,i2v'),
   'selfforcing': lambda: selfforcing.get_config('nano'),
   'ode': lambda: causal_init.get_config('nano'),
   'ar': lambda: causal_init.get_config('nano,stage=ar'),
@@ -289,8 +356,16 @@ STAGES = {
   'causal_cd': lambda: causal_init.get_config('nano,causal_cd'),
   'vae': lambda: pretrain.get_config('vae'),
   'teacher': lambda: pretrain.get_config('teacher'),
+  'tower': lambda: tiny_config.get_tower('weights'),
   'teacher_i2v': lambda: pretrain.get_config('teacher,i2v'),
 }
+
+
+@pytest.mark.parametrize('method', ['salt', 'sc', 'mixed_sc'])
+def test_streaming_is_for_methods_without_the_terms_of_whole_clips(method):
+  with pytest.raises(InputError, match=f'method={method} is not one of dmd, mixed.'):
+    selfforcing.get_config(f'nano,backbone=longlive,streaming,method={method}')
+  selfforcing.get_config('nano,backbone=longlive,mixed,streaming')
 
 
 def test_image_to_video_is_for_teachers_of_sizes_that_have_it():
@@ -301,8 +376,12 @@ def test_image_to_video_is_for_teachers_of_sizes_that_have_it():
 
 
 def test_the_configs_that_ship_are_accepted():
-  for make in STAGES.values():
-    recipe.build(make())
+  for stage, make in STAGES.items():
+    if stage != 'streaming_i2v':
+      recipe.build(make())
+  for word in ('', ',streaming'):
+    recipe.build(selfforcing.get_config(f'nano,chunk=1,backbone=longlive{word}'))
+  assert recipe.build(selfforcing.get_config('nano,chunk=1')).chunking.chunk == 1
   for size in ('1.3b', '14b'):
     recipe.build(selfforcing.get_config(size))
     for stage in causal_init.STAGES:
@@ -319,8 +398,14 @@ def test_the_configs_that_ship_are_accepted():
     ('selfforcing', I2V, 'data.kind=captions does not fit model.in_channels=36: choose clips, which have a first'),
     ('selfforcing', I2V | {'data.kind': 'clips'}, 'no section "latents": set latents.count and latents.batch'),
     ('selfforcing', {'data.kind': 'clips'}, 'data.kind=clips does not fit model.in_channels=16: choose captions or'),
-    ('selfforcing', I2V | {'size': '14b'}, 'I2V is trained in the nano world alone'),
-    ('selfforcing', {'model.image_dim': 1280}, 'model.image_dim=1280 wants the rows of a CLIP tower'),
+    ('selfforcing', I2V | {'size': '14b'}, 'has no clips to take first frames from: set data.kind=store'),
+    ('selfforcing', {'data.kind': 'store'}, 'data.kind=store does not fit model.in_channels=16: choose captions or'),
+    ('selfforcing', {'model.image_dim': 1280}, 'model.image_dim=1280 wants the rows of a CLIP tower: give the config'),
+    ('tower', {'model.image_dim': 20}, 'model.image_dim=20 must equal 24, the width of the CLIP tower.'),
+    ('tower', {'teacher.image_len': 20}, 'teacher.image_len=20 must equal 10, the rows for one picture of the CLIP'),
+    ('tower', {'teacher.image_dim': 0}, 'teacher.image_dim=0 must equal model.image_dim=24: both are given rows of'),
+    ('tower', {'model.in_channels': 16}, 'model.image_dim=24 is of image-to-video: set model.in_channels for given'),
+    ('tower', {'weights.clip': ''}, 'model.image_dim=24 wants the rows of a CLIP tower: give the config a section'),
     ('selfforcing', {'model.out_channels': 8}, 'model.out_channels=8 must equal vae.z_dim=16.'),
     ('selfforcing', {'teacher.text_dim': 32}, 'teacher.text_dim=32 must equal text.dim=64.'),
     ('selfforcing', {'text.heads': 3}, 'dim_attn 64 does not divide into 3 heads.'),
@@ -355,12 +440,25 @@ def test_the_configs_that_ship_are_accepted():
     ('selfforcing', {'log.every': 0}, 'log.every=0 must be positive.'),
     ('selfforcing', {'log.samples': 0}, 'log.samples=0 must be positive.'),
     ('selfforcing', {'log.samples_every': -1}, 'log.samples_every=-1 must be zero or positive.'),
+    ('selfforcing', {'log.samples_every': 9, 'data.kind': 'text_store'}, 'data.kind=text_store leaves the encoder'),
     ('vae', {'log.samples_every': 9}, 'the stage "vae" does not train: set it to 0.'),
     ('selfforcing', {'generator_every': 0}, 'generator_every=0 must be positive.'),
     ('selfforcing', {'dmd.t_min': 990.0}, 'dmd.t_min=990.0 must be below dmd.t_max=980.0'),
     ('selfforcing', {'ema.decay': 1.5}, 'ema.decay=1.5 must be between 0 and 1.'),
     ('selfforcing', {'optim.critic.clip': 0.0}, 'clip=0.0: the largest gradient norm must be positive.'),
     ('selfforcing', {'optim.critic.schedule': 'step'}, "schedule 'step' is unknown; use 'constant' or 'cosine'."),
+    ('streaming', {'rollout.window': 0}, 'rollout.window=0 must be between 1 and rollout.frames=21 for streaming'),
+    ('streaming', {'rollout.window': 24}, 'which recaches that many frames: choose backbone=longlive.'),
+    ('streaming', {'streaming.new': 17}, 'streaming.new=17 must be a multiple of rollout.chunk=3 below rollout.frames'),
+    ('streaming', {'streaming.new': 21}, 'streaming.new=21 must be a multiple of rollout.chunk=3 below rollout.frames'),
+    ('streaming', {'streaming.new': 0}, 'streaming.new=0 must be positive.'),
+    ('streaming', {'streaming.frames': 38}, 'streaming.frames=38 must be at least rollout.frames + streaming.new = 39'),
+    ('streaming', {'streaming.frames': 5000}, 'streaming.frames=5000 must be at least rollout.frames + streaming.new'),
+    ('streaming', {'streaming.boundary': 'x'}, 'streaming.boundary=x is unknown: choose one of reencoded, latent.'),
+    ('streaming', {'streaming.causal': True, 'rollout.window': 10}, 'make rollout.window=10 a multiple of 3.'),
+    ('streaming', {'losses.consistency': 0.2}, 'losses.consistency=0.2 does not go with streaming, which trains with'),
+    ('streaming', {'losses.alignment': 0.1}, 'losses.alignment=0.1 does not go with streaming, which trains with DMD'),
+    ('streaming_i2v', {}, 'model.in_channels=36: streaming has no image-to-video form; give text alone.'),
     ('ode', {'pairs.steps': 50}, "pairs.steps=50 must be a multiple of the student's 4 steps."),
     ('ode', {'pairs.count': 100}, 'pairs.count=100 must be a multiple of pairs.batch=64.'),
     ('ar', {'forcing.context': 'noise'}, 'forcing.context=noise is unknown: choose one of teacher, diffusion.'),
@@ -416,7 +514,13 @@ def test_what_the_autoregressive_model_leaves_is_asked_for(name, folder, tmp_pat
 
 
 @pytest.mark.parametrize(
-  'changes, words', [({'stage': 'gan'}, 'choose one of'), ({'data.kind': 'x'}, 'choose captions')]
+  'changes, words',
+  [
+    ({'stage': 'gan'}, 'choose one of'),
+    ({'data.kind': 'x'}, 'choose captions'),
+    ({'data.kind': 'prompts', 'data.path': 'nowhere.txt'}, 'prompt file nowhere.txt is missing'),
+    ({'data.kind': 'text_store', 'data.path': 'nowhere'}, 'nowhere/index.json is missing or unreadable'),
+  ],
 )
 def test_unknown_kinds_are_refused(folder, changes, words, tmp_path):
   config = tiny_config.get_config(folder)
@@ -455,7 +559,7 @@ def _spoil(path: pathlib.Path, how: str) -> None:
     ('vae', 'missing', 'needs weights that are not there: '),
     ('init', 'truncated', 'is cut short or damaged; copy or download it again.'),
     ('vae', 'truncated', 'is cut short or damaged; copy or download it again.'),
-    ('teacher', 'text', 'is not a safetensors file; give one, or convert yours first.'),
+    ('teacher', 'text', 'is not a safetensors file but a pointer of Git LFS; fetch the file itself'),
     ('text', 'nan', 'holds NaN or infinite numbers in '),
     ('teacher', 'incomplete', 'the dit weights lack blocks.0.'),
   ],

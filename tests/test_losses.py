@@ -57,6 +57,38 @@ def test_dmd_loss_and_gradient_by_the_formula():
   np.testing.assert_allclose(aux['dmd_gradient'], np.abs(g).mean(axis=(1, 2, 3, 4)), rtol=1e-4)
 
 
+MASK = np.array([False, True, True, False, True, True])
+
+
+def test_masked_losses_by_the_formula():
+  """Networks see the whole clip; losses, gradient and normaliser know the frames of the mask alone."""
+  x, cond, uncond, keys = tiny.latents(0), tiny.text(1), tiny.text(2), tiny.keys()
+  teacher, critic = _linear(0), _linear(1)
+
+  def mean_loss(x):
+    per_example, aux = dmd.dmd_loss(
+      dmd.Fns(teacher, critic), x, (cond, uncond), keys, CFG, jnp.asarray(MASK)
+    )
+    return per_example.mean(), (per_example, aux)
+
+  (_, (per_example, aux)), grad = jax.value_and_grad(mean_loss, has_aux=True)(x)
+  x64, axes = np.asarray(x, np.float64), (1, 2, 3, 4)
+  noisy, eps, sigma, t = _noised(x, keys)
+  s = sigma[:, None, None, None, None]
+  c, u = (noisy - s * teacher(noisy, t, np.asarray(y, np.float64)) for y in (cond, uncond))
+  real, fake = c + 3.0 * (c - u), noisy - s * critic(noisy, t, np.asarray(cond, np.float64))
+  scale = np.abs(x64 - real)[:, MASK].mean(axis=axes, keepdims=True)
+  g = (fake - real) / scale
+  np.testing.assert_allclose(per_example, 0.5 * np.square(g[:, MASK]).mean(axis=axes), rtol=1e-4)
+  expected = np.where(MASK[None, :, None, None, None], g / g[:, MASK].size, 0)
+  np.testing.assert_allclose(grad, expected, rtol=1e-3, atol=1e-9)
+  np.testing.assert_allclose(aux['dmd_real'], scale[:, 0, 0, 0, 0], rtol=1e-4)
+
+  per_example, _ = dmd.critic_loss(critic, x, cond, keys, CFG, jnp.asarray(MASK))
+  error = (critic(noisy, t, np.asarray(cond, np.float64)) - (eps - x64))[:, MASK]
+  np.testing.assert_allclose(per_example, np.square(error).mean(axis=axes), rtol=1e-4)
+
+
 def test_dmd_gradient_is_zero_where_the_scores_agree_and_finite_at_zero_over_zero():
   x, real = tiny.latents(0), tiny.latents(1)
   assert not np.asarray(dmd.dmd_gradient(x, real, real)).any()

@@ -34,10 +34,10 @@ def _exit(params, rolled, chunk=tiny.CHUNK):
   return _again(params, rolled, chunk)
 
 
-def _sequential(exit_step: int, context_noise: float = 0.0):
+def _sequential(exit_step: int, context_noise: float = 0.0, n: int = tiny.CHUNK):
   """Self-Forcing's loop written out: every pass by itself, full cache, sigma = t / 1000."""
   apply = jax.jit(APPLY, static_argnames=())
-  n, text, keys = tiny.CHUNK, tiny.prompt(), tiny.keys()
+  text, keys = tiny.prompt(), tiny.keys()
   shape = (tiny.WAN.layers, tiny.BATCH, tiny.FRAMES, 6, tiny.WAN.heads, tiny.WAN.head_dim)
   cache, x0s, exits = caches.allocate(shape, jnp.float32), [], []
   for start in range(0, tiny.FRAMES, n):
@@ -60,10 +60,13 @@ def _sequential(exit_step: int, context_noise: float = 0.0):
   return jnp.concatenate(x0s, 1), jnp.concatenate(exits, 1), cache
 
 
-@pytest.mark.parametrize(('exit_step', 'noise'), [(0, 0.0), (3, 0.0), (2, 0.1)])
-def test_equals_the_loop_written_out(exit_step, noise):
-  x0, exits, cache = _sequential(exit_step, noise)
-  got = _roll(tiny.params(), jnp.int32(exit_step), tiny.chunking(context_noise=noise))
+@pytest.mark.parametrize(
+  ('exit_step', 'noise', 'chunk'), [(0, 0.0, 2), (3, 0.0, 2), (2, 0.1, 2), (1, 0.0, 1)]
+)
+def test_equals_the_loop_written_out(exit_step, noise, chunk):
+  x0, exits, cache = _sequential(exit_step, noise, chunk)
+  chunking = tiny.chunking(context_noise=noise, chunk=chunk)
+  got = _roll(tiny.params(), jnp.int32(exit_step), chunking)
   # Up to eight passes in a row amplify float32 rounding.
   np.testing.assert_allclose(got.x0, x0, atol=1e-4)
   np.testing.assert_allclose(got.trace.x, exits, atol=1e-4)
@@ -91,10 +94,11 @@ def test_a_window_as_long_as_the_clip_is_the_full_cache_and_a_short_one_is_not()
   assert np.abs(full[:, -1] - short[:, -1]).max() > 1e-3
 
 
-@pytest.mark.parametrize(('sink', 'window'), [(0, None), (1, 4)])
-def test_exits_repeated_in_one_pass_equal_the_rollout(sink, window):
-  rolled = _roll(tiny.params(), jnp.int32(2), tiny.chunking(sink=sink, window=window))
-  np.testing.assert_allclose(_exit(tiny.params(), rolled), rolled.x0, atol=1e-4)
+@pytest.mark.parametrize(('sink', 'window', 'chunk'), [(0, None, 2), (1, 4, 2), (1, 4, 1)])
+def test_exits_repeated_in_one_pass_equal_the_rollout(sink, window, chunk):
+  chunking = tiny.chunking(sink=sink, window=window, chunk=chunk)
+  rolled = _roll(tiny.params(), jnp.int32(2), chunking)
+  np.testing.assert_allclose(_exit(tiny.params(), rolled, chunk), rolled.x0, atol=1e-4)
 
 
 def test_gradient_is_that_of_the_exit_step_alone():
@@ -232,7 +236,7 @@ def test_streaming_cache_holds_what_is_visible_and_gives_the_same_clip():
 
 @functools.partial(jax.jit, static_argnames=('unroll',))
 def _i2v(params, prompt, unroll):
-  plan = rollout.Plan(tiny.chunking(unroll=unroll), jnp.asarray(SIGMAS), jnp.int32(1))
+  plan = rollout.student_plan(tiny.chunking(unroll=unroll), jnp.asarray(SIGMAS), jnp.int32(1))
   return rollout.rollout(wan.bind(tiny.I2V), params, tiny.keys(), prompt, plan)
 
 
@@ -241,7 +245,9 @@ def test_every_chunk_takes_its_own_of_the_given_frames():
   params, prompt = tiny.params(0, tiny.I2V), tiny.prompt(tiny.I2V)
   one, other = (_i2v(params, prompt, unroll) for unroll in (True, False))
   np.testing.assert_allclose(one.x0, other.x0, atol=1e-4)
-  again = jax.jit(lambda p: rollout.exit_x0(wan.bind(tiny.I2V), p, prompt, one, tiny.CHUNK))(params)
+  ask = functools.partial(rollout.velocity, wan.bind(tiny.I2V))
+  v = jax.jit(lambda p: ask(p, one.trace, prompt, one.cache, tiny.CHUNK))(params)
+  again = flow.x0_from_velocity(one.trace.x, v, one.trace.sigma)
   np.testing.assert_allclose(again, one.x0, atol=1e-4)
   changed = prompt.replace(frames=prompt.frames.at[:, tiny.CHUNK].add(1.0))
   moved = np.abs(_i2v(params, changed, True).x0 - one.x0).max((0, 2, 3, 4)) > 1e-3

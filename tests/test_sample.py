@@ -1,5 +1,6 @@
 """Sampling: streams equal whole clips, noise belongs to the clip, the program writes what it says."""
 
+import dataclasses
 import os
 import pathlib
 import subprocess
@@ -10,6 +11,8 @@ import pytest
 
 from salt_jax import codec, recipe, sample, stages, video
 from salt_jax import weights as files
+from salt_jax.diffusion import rollout, streaming
+from salt_jax.errors import InputError
 from tests import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -42,6 +45,78 @@ def test_a_stream_equals_the_whole_clip(world, window):
   # float32 rounding may tip a pixel over to the next of 256 levels.
   assert np.abs(streamed.astype(int) - whole).max() <= 1
   assert whole.std() > 5, 'the clip is blank'
+
+
+@pytest.fixture(scope='module')
+def windowed(world):
+  """A recipe for 15 latent frames in chunks of 3 behind a window of 7 with a sink of 1."""
+  config = world[0].copy_and_resolve_references()
+  config.rollout.update(window=7, sink=1)
+  return sample.lengthened(config, recipe.build(config), 15)
+
+
+def test_a_long_stream_equals_the_long_clip_in_constant_memory(world, windowed):
+  _, _, frozen, student, batch = world
+  assert rollout.empty_cache(windowed.chunking, 2, streaming=True).capacity == 4
+  whole = codec.decoder(windowed, frozen['vae'])(
+    sample.student(windowed, frozen)(student, 2)(*batch)
+  )
+  parts = list(sample.stream(windowed, student, frozen, frozen['vae'], batch, 2))
+  assert [p.shape[1] for p in parts] == [9, 12, 12, 12, 12]
+  # float32 rounding, through five chunks, may tip a pixel over to the next of 256 levels.
+  assert np.abs(np.concatenate(parts, axis=1).astype(int) - whole).max() <= 1
+
+
+def test_a_switch_holds_from_the_next_chunk_on_and_recaches_the_window(
+  world, windowed, monkeypatch
+):
+  _, _, frozen, student, (ids, mask, index) = world
+  one, seen, plain = (ids[:1], mask[:1], index[:1]), [], streaming.recache
+
+  def recache(apply, params, cache, latents, text, start, **how):
+    seen.append((latents.shape[1], how['global_sink']))
+    return plain(apply, params, cache, latents, text, start, **how)
+
+  monkeypatch.setattr(streaming, 'recache', recache)
+
+  def clip(*switches):
+    return np.concatenate(
+      list(sample.stream(windowed, student, frozen, frozen['vae'], one, 2, switches)), 1
+    )
+
+  plain_clip = clip()
+  same = clip(sample.Switch(7, ids[:1], mask[:1]))
+  other = clip(sample.Switch(7, ids[1:], mask[1:]))
+  alone = clip(sample.Switch(7, ids[1:], mask[1:], global_sink=False))
+  early = clip(sample.Switch(2, ids[1:], mask[1:]))
+  assert seen == [(7, True), (7, True), (7, False), (3, True)]
+  first = 1 + 4 * (9 - 1)  # pixel frames before latent frame 9, the first chunk behind 7
+  for switched in (same, other, alone):
+    np.testing.assert_array_equal(switched[:, :first], plain_clip[:, :first])
+  assert len({switched[:, first:].tobytes() for switched in (plain_clip, same, other, alone)}) == 4
+  np.testing.assert_array_equal(early[:, :9], plain_clip[:, :9])
+  assert (early[:, 9:first] != plain_clip[:, 9:first]).any()
+
+
+def test_students_that_cannot_go_on_are_refused_and_a_full_cache_says_its_size(world, caplog):
+  config, rec, *_ = world
+  config = config.copy_and_resolve_references()
+  config.rollout.window = 0
+  with pytest.raises(
+    InputError, match='--frames=9: a student that is given a picture makes 6 frames.'
+  ):
+    given = dataclasses.replace(rec.model, in_channels=36)
+    sample.lengthened(config, dataclasses.replace(rec, model=given), 9)
+  with pytest.raises(
+    InputError, match='--frames=9: this student is bidirectional and makes 6 frames.'
+  ):
+    whole = dataclasses.replace(rec.chunking, chunk=6)
+    sample.lengthened(config, dataclasses.replace(rec, chunking=whole), 9)
+  with pytest.raises(InputError, match='--switch_at=3: a clip of a single chunk cannot change'):
+    sample._check_switches([3], dataclasses.replace(rec, chunking=whole))
+  assert sample.lengthened(config, rec, 900).chunking.window is None
+  # Keys and values of 2 layers, 900 frames of 4 tokens, 32 numbers of 4 bytes: 1.76 MiB.
+  assert 'keeps all 900 frames, 2 MiB a clip' in caplog.text
 
 
 def test_the_noise_of_a_clip_is_its_own(world):
@@ -87,7 +162,14 @@ def test_the_program_writes_a_video(world, tmp_path):
     '--steps=2',
   ]
   done = subprocess.run(
-    [*command, f'--output={out}', '--stream'],
+    [
+      *command,
+      f'--output={out}',
+      '--stream',
+      '--frames=12',
+      f'--prompt={PROMPTS[1]}',
+      '--switch_at=5',
+    ],
     cwd=ROOT,
     env=os.environ,
     capture_output=True,
@@ -95,4 +177,4 @@ def test_the_program_writes_a_video(world, tmp_path):
     timeout=300,
   )
   assert done.returncode == 0, done.stderr[-2000:]
-  assert '9 frames after' in done.stderr and video.read_webp(str(out)).shape == (21, 32, 32, 3)
+  assert '9 frames after' in done.stderr and video.read_webp(str(out)).shape == (45, 32, 32, 3)

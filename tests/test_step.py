@@ -179,6 +179,26 @@ def test_the_shared_exit_input_isolates_the_cache(folder, draws_of_steps):
   assert 0 < float(shared['loss_alignment']) != float(plain['loss_alignment']) > 0
 
 
+def test_the_frame_wise_student(folder):
+  """Six chunks of one frame: the rollout asks once a frame and step, and both networks are trained."""
+  rec, state, frozen, batch = _setup(folder, **{'rollout.chunk': 1})
+  new, metrics = jax.jit(functools.partial(step.generator_step, recipe=rec))(
+    state, frozen, batch, np.int32(0)
+  )
+  assert 0 < metrics['grad_norm'] < 100 and metrics['loss_dmd'] > 0
+  threes = _setup(folder)
+  _, other = jax.jit(functools.partial(step.generator_step, recipe=threes[0]))(
+    *threes[1:], np.int32(0)
+  )
+  # The same noise, levels and exit, in another clip.
+  assert metrics['exit'] == other['exit'] and metrics['dmd_sigma'] == other['dmd_sigma']
+  assert metrics['loss_dmd'] != other['loss_dmd']
+  _, metrics = jax.jit(functools.partial(step.critic_step, recipe=rec))(
+    new, frozen, batch, np.int32(0)
+  )
+  assert 0 < metrics['grad_norm'] < 100 and metrics['loss'] > 0
+
+
 def test_the_bidirectional_student(folder):
   config = tiny_config.shrink(bidirectional.get_config('nano'), folder)
   config.rollout.chunk = FRAMES

@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from salt_jax import store
+from salt_jax import data, store
 from salt_jax.errors import InputError
 
 FIELDS = {
@@ -170,3 +170,41 @@ def test_records_of_another_form_are_refused(tmp_path, change, sentence):
 def test_an_unknown_shard_is_refused(tmp_path):
   with pytest.raises(InputError, match='shard 3'):
     writer(tmp_path).write(3, records(0))
+
+
+VARYING = {'rows': store.Field((None, 2), 'bfloat16'), 'flag': store.Field((3,), 'bool')}
+
+
+def varying(folder, rows):
+  flags = np.arange(3 * len(rows)).reshape(-1, 3) % 2 == 0
+  opened = store.StoreWriter(str(folder), VARYING, 1, {})
+  opened.write(0, {'rows': rows, 'flag': flags})
+  opened.finish()
+  return store.Store(str(folder), verify=True), flags
+
+
+def test_arrays_whose_leading_size_varies_come_back(tmp_path):
+  given = [np.arange(2 * n).reshape(n, 2).astype(ml_dtypes.bfloat16) for n in (3, 0, 1, 300)]
+  opened, flags = varying(tmp_path, given)
+  assert opened.fields == VARYING
+  for i, rows in enumerate(given):
+    record = opened[i]
+    assert record['rows'].dtype == rows.dtype and record['rows'].shape == rows.shape
+    np.testing.assert_array_equal(record['rows'], rows)
+    np.testing.assert_array_equal(record['flag'], flags[i])
+    assert len(VARYING['rows'].pack(rows)) == rows.nbytes + 4, 'nothing is padded'
+
+
+@pytest.mark.parametrize(
+  'rows', [np.zeros((2, 3), ml_dtypes.bfloat16), np.zeros((2, 2)), np.zeros(2, ml_dtypes.bfloat16)]
+)
+def test_varying_arrays_of_another_form_are_refused(tmp_path, rows):
+  good = np.zeros((1, 2), ml_dtypes.bfloat16)
+  with pytest.raises(InputError, match="field 'rows' is .* a record, but the store has bfloat16"):
+    varying(tmp_path, [good, rows])
+
+
+def test_texts_are_not_read_as_fixed_records(tmp_path):
+  varying(tmp_path, [np.zeros((1, 2), ml_dtypes.bfloat16)])
+  with pytest.raises(InputError, match="has texts in its field 'rows': set data.kind=text_store."):
+    data.store_batches(str(tmp_path), data.Feed(1))

@@ -151,11 +151,13 @@ def test_eight_devices_equal_one(finished, weights, tmp_path, mesh):
 
 
 GOLDEN = {
-  'generator/loss_dmd': 0.13765,
-  'generator/grad_norm': 0.42431,
+  'generator/steps': 2.0,
   'generator/exit': 1.0,
-  'critic/loss': 4.42588,
-  'critic/grad_norm': 3.71785,
+  'generator/loss_dmd': 0.13753,
+  'generator/loss_alignment': 0.10014,
+  'generator/grad_norm': 0.53198,
+  'critic/loss': 4.97829,
+  'critic/grad_norm': 3.22273,
 }
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 
 import diffusers
 import jax
@@ -104,6 +105,22 @@ def test_remat_changes_nothing():
   # Recomputation may fuse differently: a few float32 ulps of gradients below one.
   for a, b in zip(jax.tree.leaves(grads(True)), jax.tree.leaves(grads(False)), strict=True):
     np.testing.assert_allclose(a, b, atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize('remat', [False, True])
+def test_a_start_known_when_tracing_spares_what_is_hidden(remat):
+  """A chunk at frame 2 of a cache of 60 reads two frames; at an array it reads the whole cache behind a mask."""
+  cfg = dataclasses.replace(tiny.WAN, remat=remat)
+  shape = (cfg.layers, tiny.BATCH, 60, 6, cfg.heads, cfg.head_dim)
+  cache, x, t = caches.allocate(shape, jnp.float32), tiny.latents(1, 2), tiny.levels(2, 2)
+
+  def longest(start):
+    run = lambda p: wan.apply(p, x, t, tiny.prompt(), wan.Chunk(cache, start), cfg)[0]  # noqa: E731
+    text = str(jax.make_jaxpr(run)(tiny.params()))
+    keys = re.findall(r'f32\[2,2,12,(\d+)\] = dot_general', text)
+    return max(int(k) for k in keys)
+
+  assert longest(2) == 6 * (2 + 2) and longest(jnp.int32(2)) == 6 * (2 + 60)
 
 
 def test_taps_are_the_blocks_that_were_asked_for():
@@ -314,3 +331,18 @@ def test_frames_of_another_length_than_the_whole_clip_are_refused():
 def test_more_outputs_than_inputs_are_refused():
   with pytest.raises(InputError, match='in_channels 8 must not be fewer than out_channels 16'):
     dataclasses.replace(tiny.WAN, in_channels=8)
+
+
+def test_features_are_the_tap_of_the_whole_network_and_run_nothing_behind_it():
+  params, prompt = tiny.params(), tiny.prompt()
+  x, t, layer = tiny.latents(0), tiny.levels(1), 1
+  whole = jax.jit(wan.bind(tiny.WAN))(params, x, t, prompt, wan.Clip(taps=(layer,)))[1].taps[layer]
+  run = jax.jit(lambda p: wan.features(p, x, t, prompt, layer, tiny.WAN))
+  np.testing.assert_allclose(run(params), whole, atol=1e-5)
+  grads = jax.grad(lambda p: jnp.square(run(p)).sum())(params)
+  for g in jax.tree.leaves(grads['blocks']):
+    assert not np.asarray(g[layer + 1 :]).any() and np.asarray(g[: layer + 1]).any()
+  assert not any(np.asarray(g).any() for g in jax.tree.leaves(grads['head']))
+  # Its loop is as long as the tap is deep.
+  (loop,) = (e for e in jax.make_jaxpr(run)(params).jaxpr.eqns[0].params['jaxpr'].eqns if e.primitive.name == 'scan')
+  assert loop.params['length'] == layer + 1

@@ -1,6 +1,7 @@
 """A config file that trains tiny networks on 21 frames of 32x32 pixels; the argument is the folder of their weights.
 
 python -m salt_jax.main --config=tests/tiny_config.py:FOLDER
+python -m salt_jax.main --config=tests/tiny_config.py:FOLDER,streaming
 """
 
 import os
@@ -10,7 +11,7 @@ import numpy as np
 
 from configs import causal_init, pretrain, selfforcing
 from salt_jax import convert, weights
-from salt_jax.models import text, vae, wan
+from salt_jax.models import clip, text, vae, wan
 
 DIT = dict(
   dim=32, ffn_dim=48, heads=2, layers=2, text_dim=64, text_len=16, dtype='float32', remat=True
@@ -37,9 +38,13 @@ def shrink(config, folder):
 
 
 def get_config(folder):
+  folder, _, kind = folder.partition(',')
+  if kind == 'streaming':
+    return get_streaming(folder)
   config = shrink(selfforcing.get_config('nano'), folder)
   config.total_steps = 6
   config.generator_every = 2
+  config.optim.generator.lr = 2e-4
   config.checkpoint.update(every=2, keep=4)
   return config
 
@@ -51,6 +56,26 @@ def get_i2v(folder):
     config[name].in_channels = 36
   config.data = dict(kind='clips')
   config.latents = dict(count=16, batch=8)
+  return config
+
+
+def get_streaming(folder):
+  """Streams of up to 15 latent frames: a clip of 6 and three that add 3, behind a window of 5 with a sink of 1."""
+  config = shrink(selfforcing.get_config('nano,backbone=longlive,streaming'), folder)
+  config.rollout.update(window=5, sink=1)
+  config.streaming.update(frames=15, new=3)
+  config.update(total_steps=6, generator_every=2)
+  config.checkpoint.update(every=2, keep=4)
+  return config
+
+
+def get_tower(folder):
+  """The same with networks that are given rows of a CLIP tower too."""
+  config = get_i2v(folder)
+  config.clip = dict(size=42, patch=14, dim=24, mlp_dim=40, heads=3, layers=3, out_dim=10)
+  for name in ('model', 'teacher'):
+    config[name].update(image_dim=24, image_len=10)
+  config.weights.clip = f'{folder}/clip.safetensors'
   return config
 
 
@@ -76,9 +101,9 @@ def _write(folder, name, cfg, seed):
   convert.save_params(os.path.join(folder, f'{name}.safetensors'), params, network)
 
 
-def write_weights(folder, i2v=False):
+def write_weights(folder, i2v=False, tower=False):
   """Random networks in files, as a stage expects them."""
-  config = get_i2v(folder) if i2v else get_config(folder)
+  config = get_tower(folder) if tower else get_i2v(folder) if i2v else get_config(folder)
   cfgs = {
     'vae': vae.VAEConfig(
       **{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in config.vae.items()}
@@ -86,6 +111,8 @@ def write_weights(folder, i2v=False):
     'text': text.TextConfig(**config.text),
     **{name: wan.WanConfig(**config.model) for name in ('teacher', 'init', 'student', 'ar')},
   }
+  if tower:
+    cfgs['clip'] = clip.ClipConfig(**config.clip)
   for seed, (name, cfg) in enumerate(cfgs.items()):
     _write(folder, name, cfg, seed)
   return folder

@@ -103,10 +103,11 @@ def student_plan(chunking: Chunking, sigmas: Float[Array, 's'], exit_step: Int[A
 
 @struct.dataclass
 class Trace:
-  """Input of each chunk's exit step, `[b f h w c]`, and its level."""
+  """Input of each chunk's exit step, `[b f h w c]`, its level, and the clip's first frame; None is frame 0."""
 
   x: Float[Array, 'b f h w c']
   sigma: Float[Array, '']
+  start: Int[Array, ''] | None = None
 
 
 @struct.dataclass
@@ -116,6 +117,23 @@ class Rollout:
   x0: Float[Array, 'b f h w c']
   trace: Trace
   cache: KVCache | None
+
+
+@struct.dataclass
+class Past:
+  """What a clip goes on from. All positions are arrays, so none of them recompiles.
+
+  Attributes:
+    cache: of what came before; it must keep the whole clip and what its first new chunk sees (`stream_cache`).
+    start: absolute index of the clip's first frame.
+    x0: the clip; its first `done` chunks are given and not made anew.
+    done: how many.
+  """
+
+  cache: KVCache | None
+  start: int | Int[Array, '']
+  x0: Float[Array, 'b f h w c']
+  done: int | Int[Array, ''] = 0
 
 
 def empty_cache(chunking: Chunking, batch: int, streaming: bool = False) -> KVCache | None:
@@ -131,6 +149,20 @@ def empty_cache(chunking: Chunking, batch: int, streaming: bool = False) -> KVCa
     None if chunking.window is None or chunking.window >= chunking.frames else chunking.window
   )
   return allocate(shape, chunking.dtype, sink=chunking.sink if window else 0, window=window)
+
+
+def stream_cache(chunking: Chunking, batch: int) -> KVCache:
+  """An empty ring for a stream of any length: a window, and all of one clip behind what its first chunk sees.
+
+  Raises:
+    InputError: without a window, or with one too short for sink and chunk.
+  """
+  if chunking.window is None:
+    raise InputError('a stream needs a window: without one its cache would grow without bound.')
+  slots = slots_needed(chunking.window + 1, chunking.chunk, chunking.sink, chunking.window)
+  layers, tokens, heads, width = chunking.cache
+  shape = (layers, batch, slots + chunking.frames, tokens, heads, width)
+  return allocate(shape, chunking.dtype, sink=chunking.sink, window=chunking.window)
 
 
 def denoise_chunk(
@@ -193,7 +225,14 @@ def _own_keys(chunking: Chunking, shape: tuple[int, int]):
   return zeros, zeros
 
 
-def rollout(apply: Callable, params, key: Key[Array, 'b'], text: Prompt, plan: Plan) -> Rollout:
+def rollout(
+  apply: Callable,
+  params,
+  key: Key[Array, 'b'],
+  text: Prompt,
+  plan: Plan,
+  past: Past | None = None,
+) -> Rollout:
   """A whole clip without gradient (Self-Forcing's rollout; salt_method.md 1.6).
 
   Args:
@@ -202,33 +241,48 @@ def rollout(apply: Callable, params, key: Key[Array, 'b'], text: Prompt, plan: P
     key: one key an example.
     text: what the clips are conditioned on.
     plan: what to do.
+    past: what the clip goes on from; None begins a video. It is one loop then, whatever the plan says, because
+      slices of the cache are not known when tracing.
 
   Returns:
-    x0 `[b f h w c]` float32, the exits' inputs, the cache.
+    x0 `[b f h w c]` float32, the exits' inputs (zeros for given chunks), the cache.
   """
-  params, text = jax.lax.stop_gradient((params, text))
-  chunking = plan.chunking
-  cache = empty_cache(chunking, key.shape[0])
-  starts = range(0, chunking.frames, chunking.chunk)
-  if chunking.unroll:
-    outs = []
-    for start in starts:
-      x0, exit_x, cache = denoise_chunk(apply, params, key, text, plan, (cache, start))
-      outs.append((x0, exit_x))
-    x0, exit_x = (jnp.concatenate(parts, axis=1) for parts in zip(*outs, strict=True))
+  params, text, past = jax.lax.stop_gradient((params, text, past))
+  chunking, start = plan.chunking, None
+  if past is not None:
+    start = jnp.asarray(past.start, jnp.int32)
+    x0, exit_x, cache = _loop(apply, params, key, text, plan, past.replace(start=start))
   else:
+    cache = empty_cache(chunking, key.shape[0])
+    roll = _unrolled if chunking.unroll else _loop
     zeros = jnp.zeros((key.shape[0], chunking.frames, *chunking.latent))
-
-    def body(i, carry):
-      x0, exit_x, cache = carry
-      start = i * chunking.chunk
-      new_x0, new_exit, cache = denoise_chunk(apply, params, key, text, plan, (cache, start))
-      put = jax.lax.dynamic_update_slice_in_dim
-      return put(x0, new_x0, start, 1), put(exit_x, new_exit, start, 1), cache
-
-    x0, exit_x, cache = jax.lax.fori_loop(0, len(starts), body, (zeros, zeros, cache))
-  trace = Trace(exit_x, plan.sigmas[plan.exit])
+    x0, exit_x, cache = roll(apply, params, key, text, plan, Past(cache, 0, zeros))
+  trace = Trace(exit_x, plan.sigmas[plan.exit], start)
   return jax.lax.stop_gradient(Rollout(x0=x0, trace=trace, cache=cache))
+
+
+def _unrolled(apply, params, key, text, plan, past):
+  cache, outs = past.cache, []
+  for start in range(0, plan.chunking.frames, plan.chunking.chunk):
+    x0, exit_x, cache = denoise_chunk(apply, params, key, text, plan, (cache, start))
+    outs.append((x0, exit_x))
+  x0, exit_x = (jnp.concatenate(parts, axis=1) for parts in zip(*outs, strict=True))
+  return x0, exit_x, cache
+
+
+def _loop(apply, params, key, text, plan, past):
+  chunking = plan.chunking
+
+  def body(i, carry):
+    x0, exit_x, cache = carry
+    at = i * chunking.chunk
+    state = (cache, past.start + at)
+    new_x0, new_exit, cache = denoise_chunk(apply, params, key, text, plan, state)
+    put = jax.lax.dynamic_update_slice_in_dim
+    return put(x0, new_x0, at, 1), put(exit_x, new_exit, at, 1), cache
+
+  carry = (past.x0, jnp.zeros_like(past.x0), past.cache)
+  return jax.lax.fori_loop(past.done, chunking.frames // chunking.chunk, body, carry)
 
 
 def velocity(
@@ -251,6 +305,8 @@ def velocity(
     cache: of a rollout; None for a bidirectional student.
     chunk: latent frames in a chunk.
   """
-  ctx = Clip() if cache is None else Clip(chunk=chunk, past=jax.lax.stop_gradient(cache))
+  ctx = Clip()
+  if cache is not None:
+    ctx = Clip(chunk=chunk, past=jax.lax.stop_gradient(cache), start=point.start)
   t = jnp.full(point.x.shape[:2], 1000 * point.sigma)
   return apply(params, point.x, t, text, ctx)[0]

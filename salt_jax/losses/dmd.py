@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from salt_jax.diffusion import flow
 
@@ -52,16 +52,23 @@ def _noised(x, key, cfg):
   return flow.add_noise(x, eps, sigma), eps, sigma, t
 
 
-def _per_example(x):
-  return x.mean(axis=tuple(range(1, x.ndim)))
+def _per_example(x, mask=None, keepdims=False):
+  where = None if mask is None else mask[None, :, None, None, None]
+  return x.mean(axis=tuple(range(1, x.ndim)), where=where, keepdims=keepdims)
 
 
 def dmd_loss(
-  fns: Fns, x0: Float[Array, 'b f h w c'], texts: tuple, key: Key[Array, 'b'], cfg: DMDConfig
+  fns: Fns,
+  x0: Float[Array, 'b f h w c'],
+  texts: tuple,
+  key: Key[Array, 'b'],
+  cfg: DMDConfig,
+  mask: Bool[Array, 'f'] | None = None,
 ) -> tuple[Float[Array, 'b'], dict]:
   """Generator loss whose gradient in x0 is g / numel.
 
-  g = (fake - real) / mean |x0 - real|, per clip; loss = 0.5 mean (x0 - sg(x0 - g))^2.
+  g = (fake - real) / mean |x0 - real|, per clip; loss = 0.5 mean (x0 - sg(x0 - g))^2. Both means, and those of
+  the scalars, are over the frames of the mask; the networks see all frames.
 
   Args:
     fns: teacher and critic.
@@ -69,6 +76,7 @@ def dmd_loss(
     texts: (prompts, unconditional prompts) for the teacher; the critic sees the prompt only.
     key: one key an example.
     cfg: numbers.
+    mask: frames that count; None is all.
 
   Returns:
     per-clip losses and per-clip scalars.
@@ -80,21 +88,24 @@ def dmd_loss(
   v_cond, v_uncond = jnp.split(fns.teacher(both, t2, flow.paired(cond, uncond)), 2)
   real = flow.x0_from_velocity(noisy, flow.guide_on_top(v_cond, v_uncond, cfg.guidance), sigma)
   fake = flow.x0_from_velocity(noisy, fns.critic(noisy, t, cond), sigma)
-  g = dmd_gradient(x, real, fake)
-  loss = 0.5 * _per_example(jnp.square(x0 - jax.lax.stop_gradient(x - g)))
+  g = dmd_gradient(x, real, fake, mask)
+  loss = 0.5 * _per_example(jnp.square(x0 - jax.lax.stop_gradient(x - g)), mask)
   return loss, {
-    'dmd_gradient': _per_example(jnp.abs(g)),
-    'dmd_real': _per_example(jnp.abs(x - real)),
-    'dmd_fake': _per_example(jnp.abs(x - fake)),
+    'dmd_gradient': _per_example(jnp.abs(g), mask),
+    'dmd_real': _per_example(jnp.abs(x - real), mask),
+    'dmd_fake': _per_example(jnp.abs(x - fake), mask),
     'dmd_sigma': sigma,
   }
 
 
 def dmd_gradient(
-  x: Float[Array, 'b f h w c'], real: Float[Array, 'b f h w c'], fake: Float[Array, 'b f h w c']
+  x: Float[Array, 'b f h w c'],
+  real: Float[Array, 'b f h w c'],
+  fake: Float[Array, 'b f h w c'],
+  mask: Bool[Array, 'f'] | None = None,
 ) -> Float[Array, 'b f h w c']:
-  """(fake - real) / mean |x - real| with one normaliser a clip; 0 / 0 is 0."""
-  scale = jnp.abs(x - real).mean(axis=tuple(range(1, x.ndim)), keepdims=True)
+  """(fake - real) / mean |x - real| with one normaliser a clip, over the frames of the mask; 0 / 0 is 0."""
+  scale = _per_example(jnp.abs(x - real), mask, keepdims=True)
   return jnp.nan_to_num((fake - real) / scale)
 
 
@@ -104,6 +115,7 @@ def critic_loss(
   text: PyTree,
   key: Key[Array, 'b'],
   cfg: DMDConfig,
+  mask: Bool[Array, 'f'] | None = None,
 ) -> tuple[Float[Array, 'b'], dict]:
   """Flow matching on the student's own clips: mean (v - (eps - x0))^2, unweighted.
 
@@ -113,8 +125,9 @@ def critic_loss(
     text: prompts, passed on.
     key: one key an example.
     cfg: numbers of the level.
+    mask: frames that count, though the critic sees all; None is all.
   """
   x = jax.lax.stop_gradient(x0)
   noisy, eps, sigma, t = _noised(x, key, cfg)
-  loss = _per_example(jnp.square(critic(noisy, t, text) - (eps - x)))
+  loss = _per_example(jnp.square(critic(noisy, t, text) - (eps - x)), mask)
   return loss, {'critic_sigma': sigma}

@@ -61,7 +61,7 @@ def _dense(q, k, v, valid):
 def chunk_causal(
   qkv: Sequence[Float[Array, 'b l n d']],
   chunk: int,
-  past: Callable[[int], tuple[Array, Array]] | None = None,
+  past: Callable[[int], tuple[Array, Array, Array | None]] | None = None,
   implementation: str = 'dense',
 ) -> Float[Array, 'b l n d']:
   """Each chunk of `chunk` tokens sees itself, both ways, and the chunks before it.
@@ -69,18 +69,21 @@ def chunk_causal(
   Args:
     qkv: queries, keys and values of the whole clip; the length is a multiple of `chunk`.
     chunk: tokens in a chunk.
-    past: gives the (keys, values) that stand before chunk i; None means the clip's own earlier tokens.
+    past: gives the (keys, values) that stand before chunk i, and which of them may be seen, None if all; without
+      it these are the clip's own earlier tokens.
     implementation: as in `attend`.
   """
   q, k, v = qkv
   outs = []
   for i, start in enumerate(range(0, q.shape[1], chunk)):
-    own = slice(start, start + chunk)
+    own, valid = slice(start, start + chunk), None
     if past is None:
       keys, values = k[:, : own.stop], v[:, : own.stop]
     else:
-      before_k, before_v = past(i)
+      before_k, before_v, seen = past(i)
       keys = jnp.concatenate([before_k, k[:, own]], axis=1)
       values = jnp.concatenate([before_v, v[:, own]], axis=1)
-    outs.append(attend(q[:, own], keys, values, implementation=implementation))
+      if seen is not None:
+        valid = jnp.concatenate([seen, jnp.ones(chunk, bool)])
+    outs.append(attend(q[:, own], keys, values, valid, implementation))
   return jnp.concatenate(outs, axis=1)

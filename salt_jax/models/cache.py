@@ -98,8 +98,60 @@ def visible(cache: KVCache, start: Int[Array, ''], count: int) -> Bool[Array, 's
   f = cache.frames
   seen = (f >= 0) & (f < start)
   if cache.window is not None:
-    seen &= (f < cache.sink) | (f >= start + count - (cache.window - cache.sink))
+    is_sink = jnp.arange(cache.capacity) < cache.sink
+    seen &= is_sink | (f >= start + count - (cache.window - cache.sink))
   return seen
+
+
+def visible_slots(
+  cache: KVCache, start: Int[Array, ''], count: int
+) -> tuple[Int[Array, 'm'], Bool[Array, 'm']]:
+  """Slots worth reading, no more than the window has room for, and which of them a chunk may read.
+
+  A ring that keeps a whole clip of training is longer than the window: what lies outside is not multiplied.
+  """
+  sink, window = cache.sink, cache.window
+  if window is None or cache.capacity <= window - count:
+    return jnp.arange(cache.capacity), visible(cache, start, count)
+  recent = start + count - (window - sink) + jnp.arange(window - sink - count)
+  slots = jnp.concatenate([jnp.arange(sink), _slot(recent, sink, cache.capacity)])
+  # Early frames belong to the sink and are not read twice.
+  once = jnp.concatenate([jnp.ones(sink, bool), recent >= sink])
+  return slots, visible(cache, start, count)[slots] & once
+
+
+def rewrite(
+  cache: KVCache,
+  k: Float[Array, 'layer b f t n d'],
+  v: Float[Array, 'layer b f t n d'],
+  start: int | Int[Array, ''],
+  keep_sink: bool,
+) -> KVCache:
+  """Commits the last frames before a prompt switch anew; their slots, and the others, stay where they are.
+
+  Args:
+    cache: as the first prompt left it.
+    k, v: of the frames start, start+1, … up to the last one written.
+    start: absolute index of the first.
+    keep_sink: whether the sink stays as it is; otherwise the first of the given frames become the sink, and only
+      an array as start reads such a cache.
+  """
+  new, sink = write(cache, k, v, start), cache.sink
+  count = 0 if keep_sink else min(sink, k.shape[2])
+  old = cache if keep_sink else new
+
+  def put(given, before, after, axis):
+    given = jax.lax.slice_in_dim(given, 0, count, axis=axis).astype(before.dtype)
+    kept = jax.lax.slice_in_dim(before, count, sink, axis=axis)
+    ring = jax.lax.slice_in_dim(after, sink, cache.capacity, axis=axis)
+    return jnp.concatenate([given, kept, ring], axis=axis)
+
+  frames = start + jnp.arange(k.shape[2])
+  return new.replace(
+    k=put(k, old.k, new.k, 2),
+    v=put(v, old.v, new.v, 2),
+    frames=put(frames, old.frames, new.frames, 0),
+  )
 
 
 def visible_runs(cache: KVCache, start: int, count: int) -> list[slice]:

@@ -8,7 +8,9 @@ statistics, logits and softmax are float32, everything else runs in `TextConfig.
 import dataclasses
 import difflib
 import functools
+import hashlib
 import string
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -185,6 +187,16 @@ def param_shapes(cfg: TextConfig) -> dict:
   return jax.eval_shape(functools.partial(init_params, cfg=cfg), jax.random.key(0))
 
 
+def pad(
+  rows: Sequence[Sequence[int]], length: int
+) -> tuple[Int[np.ndarray, 'b n'], Bool[np.ndarray, 'b n']]:
+  """Ids of prompts, `</s>` included, padded to `length`, and the mask of what is no padding."""
+  ids = np.full((len(rows), length), PAD, np.int32)
+  for i, row in enumerate(rows):
+    ids[i, : len(row)] = row
+  return ids, np.arange(length) < np.array([len(row) for row in rows])[:, None]
+
+
 class WordTokenizer:
   """One id a word of a closed vocabulary, behind `<pad>` 0, `</s>` 1 and `<unk>` 2.
 
@@ -192,6 +204,7 @@ class WordTokenizer:
     vocabulary: the words, in lower case; a word's id is its place in it plus 3.
     length: ids a prompt is padded to, `</s>` included.
     size: number of ids, the `vocab` of the encoder.
+    digest: SHA-256 of the vocabulary.
   """
 
   def __init__(self, vocabulary: tuple[str, ...], length: int):
@@ -204,6 +217,7 @@ class WordTokenizer:
     self.vocabulary = tuple(vocabulary)
     self.length = length
     self.size = len(_SPECIALS) + len(vocabulary)
+    self.digest = hashlib.sha256(' '.join(vocabulary).encode()).hexdigest()
     self._ids = {word: i for i, word in enumerate(vocabulary, start=len(_SPECIALS))}
 
   def __call__(self, prompts: list[str]) -> tuple[Int[np.ndarray, 'b n'], Bool[np.ndarray, 'b n']]:
@@ -212,17 +226,11 @@ class WordTokenizer:
     Raises:
       InputError: a prompt that is empty or too long, or a word outside the vocabulary.
     """
-    rows = [[*self._row(prompt), EOS] for prompt in prompts]
-    ids = np.full((len(rows), self.length), PAD, np.int32)
-    for i, row in enumerate(rows):
-      ids[i, : len(row)] = row
-    return ids, ids != PAD
+    return pad([[*self._row(prompt), EOS] for prompt in prompts], self.length)
 
   def empty(self, batch: int) -> tuple[Int[np.ndarray, 'b n'], Bool[np.ndarray, 'b n']]:
     """The unconditional input: nothing but `</s>`."""
-    ids = np.full((batch, self.length), PAD, np.int32)
-    ids[:, 0] = EOS
-    return ids, ids != PAD
+    return pad([[EOS]] * batch, self.length)
 
   def _row(self, prompt: str) -> list[int]:
     words = _words(prompt)

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from salt_jax.errors import InputError
 from salt_jax.models import attention, rope
 from salt_jax.models import prompt as prompts
-from salt_jax.models.cache import KVCache, visible, visible_runs
+from salt_jax.models.cache import KVCache, visible_runs, visible_slots
 from salt_jax.models.prompt import Prompt
 
 PATCH = 2
@@ -110,12 +110,14 @@ class Clip:
       then run in parallel exactly as they would one by one. Gradients never flow through it, unless `live`.
     taps: blocks whose output is returned.
     live: lets gradients flow through `past`, as teacher forcing wants and rollouts must not.
+    start: absolute index of the first frame, an array, where a stream goes on; None is frame 0.
   """
 
   chunk: int | None = struct.field(pytree_node=False, default=None)
   past: KVCache | None = None
   taps: tuple[int, ...] = struct.field(pytree_node=False, default=())
   live: bool = struct.field(pytree_node=False, default=False)
+  start: Int[Array, ''] | None = None
 
 
 @struct.dataclass
@@ -128,6 +130,14 @@ class Chunk:
   cache: KVCache
   start: int | Int[Array, '']
   taps: tuple[int, ...] = struct.field(pytree_node=False, default=())
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Known:
+  """A position known when tracing, as the blocks get it: remat would make an array of a bare int."""
+
+  start: int
 
 
 @struct.dataclass
@@ -209,11 +219,11 @@ def _read(q, k, v, ctx, past, implementation):
   frames, tokens = k.shape[1], k.shape[2]
   q, k, v = _tokens(q), _tokens(k), _tokens(v)
   if isinstance(ctx, Chunk):
-    cached_k, cached_v, valid = _past_of_chunk(ctx, past, frames)
+    cached_k, cached_v, valid = _behind(ctx.cache, past, ctx.start, frames)
     k = jnp.concatenate([k, cached_k], axis=1)
     v = jnp.concatenate([v, cached_v], axis=1)
     if valid is not None:
-      valid = jnp.concatenate([jnp.ones(frames * tokens, bool), jnp.repeat(valid, tokens)])
+      valid = jnp.concatenate([jnp.ones(frames * tokens, bool), valid])
     return attention.attend(q, k, v, valid, implementation)
   if ctx.chunk is None:
     return attention.attend(q, k, v, implementation=implementation)
@@ -221,22 +231,26 @@ def _read(q, k, v, ctx, past, implementation):
   if ctx.past is not None:
 
     def before(i):
-      return _slices(past, visible_runs(ctx.past, i * ctx.chunk, ctx.chunk))
+      start = i * ctx.chunk if ctx.start is None else ctx.start + i * ctx.chunk
+      return _behind(ctx.past, past, start, ctx.chunk)
 
   return attention.chunk_causal((q, k, v), ctx.chunk * tokens, before, implementation)
 
 
-def _past_of_chunk(ctx: Chunk, past, frames: int):
-  if isinstance(ctx.start, int):
-    return *_slices(past, visible_runs(ctx.cache, ctx.start, frames)), None
-  return _tokens(past[0]), _tokens(past[1]), visible(ctx.cache, ctx.start, frames)
+def _behind(cache: KVCache, past, start, count: int):
+  """(keys, values, which of them count or None for all) that a chunk of `count` frames at `start` reads."""
+  start = start.start if isinstance(start, _Known) else start
+  if isinstance(start, int):
+    runs = visible_runs(cache, start, count)
 
+    def gather(x):
+      return _tokens(jnp.concatenate([x[:, run] for run in runs], axis=1) if runs else x[:, :0])
 
-def _slices(past, runs):
-  def gather(x):
-    return _tokens(jnp.concatenate([x[:, run] for run in runs], axis=1) if runs else x[:, :0])
-
-  return gather(past[0]), gather(past[1])
+    return gather(past[0]), gather(past[1]), None
+  slots, valid = visible_slots(cache, start, count)
+  if slots.size < cache.capacity:
+    past = tuple(jnp.take(x, slots, axis=1, mode='clip') for x in past)
+  return _tokens(past[0]), _tokens(past[1]), jnp.repeat(valid, past[0].shape[2])
 
 
 class ImageEmbedding(nn.Module):
@@ -332,10 +346,10 @@ class Wan(nn.Module):
     cfg = self.cfg
     b, f, h, w, _ = x.shape
     grid = (f, h // PATCH, w // PATCH)
-    start = ctx.start if isinstance(ctx, Chunk) else 0
+    start = 0 if ctx.start is None else ctx.start
     angles = rope.table(grid, cfg.head_dim, start)
     prompts.check(prompt, cfg.image_len if cfg.image_dim else 0, cfg.frame_channels)
-    x = prompts.frames_behind(x, prompt, start if isinstance(ctx, Chunk) else None)
+    x = prompts.frames_behind(x, prompt, ctx.start)
 
     x = rearrange(x, 'b f (h ph) (w pw) c -> b f (h w) (c ph pw)', ph=PATCH, pw=PATCH)
     x = _dense(cfg.dim, cfg, 'patch_embedding')(x).astype(jnp.float32)
@@ -357,6 +371,8 @@ class Wan(nn.Module):
   def _blocks(self, x, angles, time, rows, ctx):
     cfg = self.cfg
     cache = ctx.cache if isinstance(ctx, Chunk) else ctx.past
+    if isinstance(ctx.start, int):
+      ctx = ctx.replace(start=_Known(ctx.start))
     past = () if cache is None else (cache.k, cache.v)
     if not (isinstance(ctx, Clip) and ctx.live):
       past = jax.lax.stop_gradient(past)

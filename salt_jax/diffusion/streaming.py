@@ -1,0 +1,182 @@
+"""Streams: videos longer than a clip, whose prompt may change on the way (LongLive, self_forcing.md 5.2).
+
+A stream is trained on clip by clip. The first is as long as any clip; each later one shows `overlap` frames again that
+are there already, and goes on with `new` ones. Which clip of which stream a step works on, and where the prompt of
+that stream changes, are functions of how many steps went before; cache, last latents and prompts are carried.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from salt_jax.diffusion.rollout import Chunking, Past, Rollout, stream_cache
+from salt_jax.errors import InputError
+from salt_jax.models.cache import KVCache, rewrite
+from salt_jax.models.prompt import Prompt
+from salt_jax.models.wan import Clip
+
+BOUNDARIES = ('reencoded', 'latent')
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamingConfig:
+  """How a student is trained on long videos.
+
+  Attributes:
+    frames: most latent frames of a stream.
+    new: latent frames that a clip behind the first adds.
+    boundary: what the losses see as the first frame of such a clip. 'reencoded' is the last pixel frame up to there,
+      encoded as an image, because teacher and critic know clips that begin with one; 'latent' is the student's own
+      latent, which spares the VAE.
+    global_sink: whether the sink survives a prompt switch; otherwise the frames that are cached anew replace it.
+    causal: whether these see only their own and earlier chunks; the original lets all of them see each other.
+  """
+
+  frames: int = 240
+  new: int = 18
+  boundary: str = 'reencoded'
+  global_sink: bool = False
+  causal: bool = False
+
+  def __post_init__(self):
+    if self.boundary not in BOUNDARIES:
+      raise InputError(
+        f'streaming.boundary={self.boundary} is unknown: choose one of {", ".join(BOUNDARIES)}.'
+      )
+
+  def clips(self, first: int) -> int:
+    """Clips of a stream whose first clip has `first` frames."""
+    return 1 + (self.frames - first) // self.new
+
+
+@struct.dataclass
+class Place:
+  """Which clip of which stream, and at which clip that stream's prompt changes; all count from 0."""
+
+  stream: Int[Array, '']
+  clip: Int[Array, '']
+  switch: Int[Array, '']
+
+
+@struct.dataclass
+class Carried:
+  """What one clip of a stream leaves to the next.
+
+  Attributes:
+    cache: keys and values.
+    latents: the last frames, as many as a clip has.
+    prompts: tokenised prompts before and behind the switch, `{name: [b n]}`.
+  """
+
+  cache: KVCache
+  latents: Float[Array, 'b f h w c']
+  prompts: dict[str, Array]
+
+
+def place(key: PRNGKeyArray, calls: Int[Array, ''], cfg: StreamingConfig, first: int) -> Place:
+  """Where a step stands. The switch is uniform over the clips behind the first and before the last.
+
+  Args:
+    key: of the run, the same for all its steps.
+    calls: steps that went before, of generator and critic together.
+    cfg: lengths.
+    first: frames of a stream's first clip.
+  """
+  clips = cfg.clips(first)
+  stream = calls // clips
+  switch = jax.random.randint(jax.random.fold_in(key, stream), (), 1, max(2, clips - 1))
+  return Place(stream, calls % clips, switch)
+
+
+def carry_nothing(chunking: Chunking, batch: int, text_length: int) -> Carried:
+  """What the first stream of a run finds, which reads none of it."""
+  ids = jnp.zeros((batch, text_length), jnp.int32)
+  mask = jnp.zeros((batch, text_length), bool)
+  return Carried(
+    cache=stream_cache(chunking, batch),
+    latents=jnp.zeros((batch, chunking.frames, *chunking.latent)),
+    prompts={'ids': ids, 'mask': mask, 'next_ids': ids, 'next_mask': mask},
+  )
+
+
+def begin(carried: Carried, batch: dict, at: Place) -> Carried:
+  """Empties the cache and takes new prompts at the start of a stream; otherwise nothing changes.
+
+  Slots that hold no frame are never read, so keys and values may stay.
+  """
+  starts, cache = at.clip == 0, carried.cache
+  frames = jnp.where(starts, -1, cache.frames)
+  prompts = {k: jnp.where(starts, batch[k], old) for k, old in carried.prompts.items()}
+  return carried.replace(cache=cache.replace(frames=frames), prompts=prompts)
+
+
+def go_on(
+  carried: Carried, boundary: Float[Array, 'b 1 h w c'], at: Place, chunking: Chunking, new: int
+) -> tuple[Past, Bool[Array, 'f']]:
+  """(what the clip at a place goes on from, which of its frames are new).
+
+  Args:
+    carried: of the clip before.
+    boundary: first frame of the clip, if it is not a stream's first.
+    at: the place.
+    chunking: of a clip.
+    new: frames that it adds.
+  """
+  frames, overlap = chunking.frames, chunking.frames - new
+  given = jnp.concatenate([boundary, carried.latents[:, new + 1 :]], axis=1)
+  later = at.clip > 0
+  x0 = jnp.where(later, given, 0.0)
+  x0 = jnp.pad(x0, ((0, 0), (0, new), (0, 0), (0, 0), (0, 0)))
+  done = jnp.where(later, overlap // chunking.chunk, 0)
+  mask = (jnp.arange(frames) >= overlap) | ~later
+  return Past(carried.cache, at.clip * new, x0, done), mask
+
+
+def carry_on(carried: Carried, rolled: Rollout, mask: Bool[Array, 'f'], new: int) -> Carried:
+  """What the next clip finds behind this one: the boundary frame, which only losses see, is left out."""
+  is_new = mask[None, :, None, None, None]
+  latents = jnp.where(is_new, rolled.x0, jnp.roll(carried.latents, -new, axis=1))
+  return carried.replace(cache=rolled.cache, latents=latents)
+
+
+def recache(
+  apply: Callable,
+  params,
+  cache: KVCache,
+  latents: Float[Array, 'b f h w c'],
+  prompt: Prompt,
+  start: Int[Array, ''],
+  *,
+  global_sink: bool,
+  chunk: int | None = None,
+  context_noise: float = 0.0,
+) -> KVCache:
+  """Brings a cache to a new prompt: one pass over the last frames writes their keys and values anew.
+
+  The frames keep their positions and slots. They see each other and nothing else, both ways as in the original.
+
+  Args:
+    apply: the model.
+    params: its parameters; no gradient reaches them.
+    cache: up to the last of the frames.
+    latents: the last clean frames, as many as the window holds or there are.
+    prompt: the new one.
+    start: absolute index of the first of them.
+    global_sink: whether the sink stays as the old prompt made it; otherwise the first of these frames become the sink.
+    chunk: if given, frames see only their own and earlier chunks of so many frames.
+    context_noise: sigma that the model is told.
+
+  Raises:
+    InputError: frames that do not divide into chunks.
+  """
+  count = latents.shape[1]
+  if chunk and count % chunk:
+    raise InputError(f'{count} frames to cache anew do not divide into chunks of {chunk}.')
+  params, latents, prompt = jax.lax.stop_gradient((params, latents, prompt))
+  t = jnp.full(latents.shape[:2], 1000 * context_noise, jnp.float32)
+  _, own = apply(params, latents, t, prompt, Clip(chunk=chunk, start=jnp.asarray(start)))
+  return rewrite(cache, own.k, own.v, start, keep_sink=global_sink)

@@ -1,0 +1,54 @@
+"""Pictures on their way to the VAE and to CLIP, resized as torch does it for Wan 2.1 (wan.md 4.6, 5.5)."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+CUBIC = -0.75  # torch's; jax.image.resize has -0.5, and blurs what it makes smaller
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+STRIDE, PATCH = 8, 2  # of the VAE and the DiT
+
+
+def _cubic(x: np.ndarray) -> np.ndarray:
+  """Keys' cubic convolution kernel with a = `CUBIC`."""
+  x, a = np.abs(x), CUBIC
+  near = ((a + 2) * x - (a + 3)) * x * x + 1
+  far = a * (((x - 5) * x + 8) * x - 4)
+  return np.where(x <= 1, near, np.where(x < 2, far, 0))
+
+
+def _weights(before: int, after: int) -> np.ndarray:
+  """float32 `[after before]` of a resize along one axis: four taps around a pixel's centre, edges repeated."""
+  centre = (np.arange(after) + 0.5) * (before / after) - 0.5
+  taps = np.floor(centre).astype(int)[:, None] + np.arange(-1, 3)
+  weights = np.zeros((after, before))
+  rows = np.broadcast_to(np.arange(after)[:, None], taps.shape)
+  np.add.at(weights, (rows, np.clip(taps, 0, before - 1)), _cubic(centre[:, None] - taps))
+  return weights.astype(np.float32)
+
+
+def bicubic(
+  images: Float[Array, '... h w c'], size: tuple[int, int]
+) -> Float[Array, '... rows columns c']:
+  """Resizes to (rows, columns) without antialiasing and without clamping: values may leave their range."""
+  rows, columns = (_weights(*pair) for pair in zip(images.shape[-3:-1], size, strict=True))
+  images = jnp.einsum('r h, ... h w c -> ... r w c', rows, images, precision='highest')
+  return jnp.einsum('q w, ... r w c -> ... r q c', columns, images, precision='highest')
+
+
+def clip_pixels(images: Float[Array, 'b h w 3'], size: int) -> Float[Array, 'b n n 3']:
+  """What the tower is given of pictures in [-1, 1]: squeezed to a square whatever their shape, then normalised."""
+  squares = bicubic(images, (size, size)) * 0.5 + 0.5
+  return (squares - jnp.array(MEAN)) / jnp.array(DEVIATION)
+
+
+def video_size(height: int, width: int, area: int) -> tuple[int, int]:
+  """Rows and columns of a video that continues a picture, near `area` pixels.
+
+  The divisions round down as the original's floats do: 480x832 at its own area becomes 464x832.
+  """
+  aspect = height / width
+  cells = (np.sqrt(area * aspect), np.sqrt(area / aspect))
+  rows, columns = (round(cell // STRIDE // PATCH * PATCH) for cell in cells)
+  return rows * STRIDE, columns * STRIDE
