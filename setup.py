@@ -1,4 +1,4 @@
-"""Package metadata: `pip install -e .` for the library, with the extras tpu, gpu, wan and dev."""
+"""Package metadata: `pip install -e .` for the library, with the extras tpu, gpu, wan, video and dev."""
 
 import setuptools
 
@@ -40,6 +40,7 @@ setuptools.setup(
       'sentencepiece>=0.2',  # UMT5's spiece.model
       'tokenizers>=0.20',  # UMT5's tokenizer.json
     ],
+    'video': ['av>=12.0'],  # MP4 files: samples, and what VBench reads
     'dev': [
       'pytest>=8.0',
       'pytest-xdist>=3.6',  # tests in parallel
@@ -50,6 +51,7 @@ setuptools.setup(
       'ftfy>=6.2',  # what the extra wan brings, for its tests
       'sentencepiece>=0.2',
       'tokenizers>=0.20',
+      'av>=12.0',  # MP4 files are written and read back
     ],
   },
 )

@@ -18,18 +18,17 @@ from collections.abc import Sequence
 
 import numpy as np
 from absl import flags
-from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from salt_jax import cli, evaluate, recipe, sample, stages, train, weights
 from salt_jax.errors import InputError
+from salt_jax.statistics import interval
 
 log = logging.getLogger('salt_jax.compare')
 
 # What must agree for a difference to be the method's.
 SAME = ('size', 'stage', 'total_steps', 'batch', 'generator_every', 'video', 'data', 'vae', 'text')
 SAME_WEIGHTS = ('init', 'teacher', 'text', 'vae')
-_RESAMPLES = 2000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,16 +165,6 @@ def judged(runs: Sequence[Run], clips: int, steps: Sequence[int]) -> dict:
     key: {measure: np.stack(values) for measure, values in results.items()}
     for key, results in found.items()
   }
-
-
-def interval(values: Float[np.ndarray, 'seed clip'], seed: int = 0) -> tuple[float, float, float]:
-  """Mean and 95 % interval by a bootstrap over seeds and over clips; clips are resampled alike in every seed."""
-  rng = np.random.default_rng(seed)
-  seeds = rng.integers(0, values.shape[0], (_RESAMPLES, values.shape[0]))
-  clips = rng.integers(0, values.shape[1], (_RESAMPLES, values.shape[1]))
-  means = [values[np.ix_(s, c)].mean() for s, c in zip(seeds, clips, strict=True)]
-  low, high = np.quantile(means, [0.025, 0.975])
-  return float(values.mean()), float(low), float(high)
 
 
 def summary(found: dict, first: str) -> list[dict]:

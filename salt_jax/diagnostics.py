@@ -26,7 +26,7 @@ from einops import rearrange, reduce
 from jaxtyping import Array, Float, Key, PyTree, UInt8
 from ml_collections import ConfigDict
 
-from salt_jax import charts, clips, judge, monitor, recipe, sample, stages
+from salt_jax import charts, clips, codec, judge, monitor, recipe, sample, stages, statistics
 from salt_jax.checks import MAX_STEPS
 from salt_jax.diffusion import flow, probes, rollout
 from salt_jax.diffusion.rollout import Plan, Rollout
@@ -128,7 +128,7 @@ def subject(
     batch=(ids, mask, index),
     keys=sample.keys(rec, index),
     text=jax.jit(lambda f, i, m: Prompt(encode(f, i, m, rec)))(frozen, ids, mask),
-    decode=sample.decoder(rec, frozen['vae']),
+    decode=codec.decoder(rec, frozen['vae']),
   )
 
 
@@ -222,7 +222,7 @@ def defect(subject: Subject) -> dict:
 
 def _interval(values: Float[np.ndarray, 'b']) -> list[float]:
   """[mean, low, high], 95 % over the clips."""
-  return list(judge.summary({'value': values})['value'])
+  return list(statistics.summary({'value': values})['value'])
 
 
 # Cache.

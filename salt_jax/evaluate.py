@@ -3,7 +3,8 @@
   python -m salt_jax.evaluate --checkpoint=RUN --clips=256
 
 makes the table of everything that ships with the nano world, and of a run's student beside it. With
---diagnose=defect,cache,swap,drift it looks into one student instead, see `diagnostics`.
+--diagnose=defect,cache,swap,drift it looks into one student instead, see `diagnostics`; with --vbench=PROMPTS it writes
+the videos that VBench scores, see `benchmark`.
 """
 
 import dataclasses
@@ -22,8 +23,10 @@ from jaxtyping import PyTree, UInt8
 from ml_collections import ConfigDict
 
 from salt_jax import (
+  benchmark,
   cli,
   clips,
+  codec,
   convert,
   diagnostics,
   judge,
@@ -31,6 +34,7 @@ from salt_jax import (
   recipe,
   sample,
   stages,
+  statistics,
   video,
   weights,
 )
@@ -165,7 +169,7 @@ def measure(
   """Draws `count` clips of each method, on the same captions and from the same noise, and judges them."""
   captions = clips.captions(split, np.arange(count), config.seed)
   ids, mask = stages.tokenizer(config, rec)(captions)
-  decode, opinion = sample.decoder(rec, vae_params), judge.train()
+  decode, opinion = codec.decoder(rec, vae_params), judge.train()
   out = []
   for method in rows:
     drawn, spent = [], []
@@ -205,7 +209,7 @@ def table(rows: list[Row]) -> str:
 
 
 def _estimates(row: Row) -> dict:
-  return judge.summary({name: row.results[name] for name in MEASURES})
+  return statistics.summary({name: row.results[name] for name in MEASURES})
 
 
 def _cell(name, estimate):
@@ -327,12 +331,16 @@ def define_flags() -> None:
   flags.DEFINE_string(
     'output',
     'runs/evaluate',
-    'Folder for the report, or for NAME.json and NAME.png of a diagnostic.',
+    'Folder for the report, for NAME.json and NAME.png of a diagnostic, or for the videos of --vbench.',
   )
+  benchmark.define_flags()
 
 
 def program() -> None:
   args = flags.FLAGS
+  if args.vbench is not None:
+    benchmark.export(args)
+    return
   if args.diagnose is not None:
     diagnose(args)
     return

@@ -222,28 +222,6 @@ def judge(
   return dict(zip(MEASURES, np.array(rows, np.float32).T, strict=True))
 
 
-class Estimate(NamedTuple):
-  """A mean with its bootstrap 95 % interval."""
-
-  mean: float
-  low: float
-  high: float
-
-
-def summary(
-  results: Mapping[str, Float[np.ndarray, 'b']], seed: int = 0, draws: int = 1000
-) -> dict[str, Estimate]:
-  """Mean of each measure over the examples, with a percentile bootstrap over examples."""
-  generator = np.random.Generator(np.random.Philox(seed))
-  count = len(next(iter(results.values())))
-  chosen = generator.integers(count, size=(draws, count))
-  estimates = {}
-  for name, values in results.items():
-    low, high = np.percentile(values[chosen].mean(1), (2.5, 97.5))
-    estimates[name] = Estimate(float(values.mean()), float(low), float(high))
-  return estimates
-
-
 def _examples(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
   """Crops and class numbers of the objects in the first frame of `count` real training clips."""
   crops, kinds = [], []

@@ -16,11 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from salt_jax import cli, data, images, recipe, text_store, weights
+from salt_jax import cli, codec, data, images, recipe, text_store, weights
 from salt_jax.diffusion import flow, forcing, solvers
-from salt_jax.diffusion.conditioning import known_video
 from salt_jax.errors import InputError
-from salt_jax.models import clip, vae, wan
+from salt_jax.models import clip, wan
 from salt_jax.recipe import Recipe
 from salt_jax.sharding import over_local_devices
 from salt_jax.step import conditioning, to_unit
@@ -55,10 +54,8 @@ def first_frames(rec: Recipe, frames: int) -> Callable:
 
   They are the latents of a video of `frames` that is grey behind its first frame (wan.md 5.5).
   """
-  return jax.jit(
-    lambda params, first: vae.encode(params, known_video(to_unit(first), frames), rec.vae).astype(
-      jnp.float16
-    )
+  return lambda params, first: codec.encode_known(params, first, frames, rec.vae).astype(
+    jnp.float16
   )
 
 
@@ -146,11 +143,13 @@ def latents(config: ConfigDict, rec: Recipe, folder: str) -> str:
   params = weights.load(config.weights.vae, 'vae', rec.vae)
   batch, facts = config.latents.batch, {'seed': config.seed, 'video': dict(config.video)}
   clips, common = _clips(config, rec, config.video.frames, batch), _conditioner(config, rec)
-  run = jax.jit(lambda p, video: vae.encode(p, to_unit(video), rec.vae).astype(jnp.float16))
+
+  def run(video):
+    return codec.encode(params, over_local_devices(video), rec.vae).astype(jnp.float16)
 
   def make(number):
     item = clips(number)
-    return {'latents': np.asarray(run(params, over_local_devices(item['video'])))} | common(item)
+    return {'latents': np.asarray(run(item['video']))} | common(item)
 
   fields = _fields(config, rec, latents=Field(recipe.latent_shape(config), 'float16'))
   return fill(folder, fields, _shards(config.latents.count, batch), facts, make)

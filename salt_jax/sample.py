@@ -1,15 +1,16 @@
-"""From prompts to video, whole or chunk by chunk.
+"""From prompts to video, whole or chunk by chunk, with a few-step student or a many-step teacher.
 
   python -m salt_jax.sample --checkpoint=RUN_OR_FILE --prompt="a red sneaker moves left" --steps=4 --output=out.webp
+  python -m salt_jax.sample --checkpoint=TEACHER --sampler=unipc --prompt="a red sneaker moves left" --output=out.mp4
   python -m salt_jax.sample --checkpoint=RUN_OR_FILE --stream --frames=84 --switch_at=42 \
     --prompt="a red sneaker moves left" --prompt="a red sneaker moves up"
 
-A checkpoint is the workdir of a run, or a file that a run exported; either knows the config it was made with.
+A checkpoint is the workdir of a run, or a file that a run exported; either knows the config it was made with. For any
+other file in Wan's names, --config says what it is.
 """
 
 import dataclasses
 import functools
-import json
 import logging
 import math
 import os
@@ -24,13 +25,17 @@ from absl import flags
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 from ml_collections import ConfigDict
 
-from salt_jax import checkpoint, cli, images, precompute, recipe, stages, video, weights
-from salt_jax.checks import FEW_STEP, MAX_STEPS
+from salt_jax import cli, generate, precompute, recipe, stages, video, weights
+from salt_jax import teacher as teacher_model
+from salt_jax.checks import MAX_STEPS
 from salt_jax.diffusion import flow, rollout, solvers, streaming
 from salt_jax.errors import InputError
+from salt_jax.generate import STEPS, Generator
+from salt_jax.loading import first_image, fitted, load, load_teacher
 from salt_jax.models import rope, vae, wan
 from salt_jax.models.prompt import Prompt
 from salt_jax.recipe import Recipe
+from salt_jax.sharding import on_local_devices
 from salt_jax.step import conditioning, to_bytes
 
 log = logging.getLogger('salt_jax.sample')
@@ -126,14 +131,6 @@ def autoregressive(
     return lambda *batch: run(params, frozen, batch)
 
   return with_steps
-
-
-def decoder(
-  rec: Recipe, params: PyTree
-) -> Callable[[Float[Array, 'b f h w c']], UInt8[np.ndarray, 'b t h w 3']]:
-  """Latents to uint8 video, one clip at a time on the device, quantised there."""
-  run = jax.jit(lambda p, z: to_bytes(vae.decode(p, z, rec.vae)))
-  return lambda latents: np.concatenate([np.asarray(run(params, z[None])) for z in latents])
 
 
 @functools.partial(jax.jit, static_argnames=('cfg', 'first'))
@@ -263,62 +260,71 @@ def _check_switches(frames: list[int], rec: Recipe) -> None:
       )
 
 
-def load(path: str) -> tuple[ConfigDict, Recipe, PyTree]:
-  """The averaged generator of a run or an exported file, and the config that made it.
+def generator(args: flags.FlagValues, prompts: Sequence[str], seed: int | None = None) -> Generator:
+  """Loads what the flags name.
+
+  Args:
+    args: of `define_flags`.
+    prompts: what will be asked for, to be refused before anything is compiled.
+    seed: of the noise; by default the one that the network was trained with.
 
   Raises:
-    InputError: nothing there, damaged, or of a stage without a few-step student.
+    InputError: a checkpoint or an image that does not fit the sampler, or a prompt that cannot be read.
   """
-  if os.path.isdir(path):
-    config = _config_of_run(path)
-    rec = _student_recipe(config, path)
-    like = {'generator': weights.shapes('dit', rec.model)}
-    mesh_of_one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=mesh_of_one), like
-    )
-    return config, rec, checkpoint.restore_ema(os.path.join(path, 'checkpoints'), like)['generator']
-  config = weights.config_of(weights.resolve(path))
-  if path.startswith('assets:'):
-    config.weights.update(weights.shipped(config.weights))
-  rec = _student_recipe(config, path)
-  return config, rec, weights.load(path, 'dit', rec.model)
+  given = args.config if cli.config_is_given() else None
+  many = args.sampler != 'student'
+  if many:
+    config, rec, cfg, networks = load_teacher(args.checkpoint, given)
+  else:
+    config, rec, params = load(args.checkpoint, given)
+    cfg, networks = rec.model, {'dit': params}
+  image = first_image(args.image, config, rec)
+  if image is not None:
+    config, rec, first = fitted(config, rec, image)
+  rec = rec if seed is None else dataclasses.replace(rec, seed=seed)
+  names = 'vae', *({'text'} - networks.keys())
+  weights.require(config, names)
+  stages.tokenizer(config, rec)(list(prompts))
+  given_image = () if image is None else _given(config, rec, first, image)
+  frozen = stages.serving(config, rec, *names)
+  frozen |= {
+    'text': weights.narrowed(networks.get('text', frozen.get('text')), rec.text.dtype)
+  } | _negative(args, config, rec)
+  params = weights.narrowed(networks['dit'], cfg.dtype) if many else networks['dit']
+  params, frozen = on_local_devices((params, frozen))
+  if many:
+    chosen = teacher_model.settings(args, config)
+    run = teacher_model.sampler(rec, cfg, frozen, recipe.latent_shape(config))(params, chosen)
+    protocol = dataclasses.asdict(chosen) | {'negative': args.negative or 'default'}
+  else:
+    run = student(rec, frozen)(params, args.steps or STEPS)
+    protocol = {'solver': 'student', 'steps': args.steps or STEPS}
+  made = {'generator': params, 'text': frozen['text'], 'vae': frozen['vae']}
+  draw = generate.drawer(rec, run, frozen['vae'], given_image)
+  return Generator(config, rec, made, draw, protocol)
 
 
-def _config_of_run(path: str) -> ConfigDict:
-  file = os.path.join(path, 'config.json')
-  if not os.path.isfile(file):
-    raise InputError(
-      f'{path} has no config.json: pass the workdir of a run that has saved a checkpoint.'
-    )
-  with open(file, encoding='utf-8') as f:
-    text = f.read()
-  try:
-    return ConfigDict(json.loads(text), convert_dict=True)
-  except ValueError as error:
-    raise InputError(f'{file} is damaged ({error}): pass a file that the run exported.') from error
+def _given(config: ConfigDict, rec: Recipe, first: Array, image: np.ndarray) -> tuple[Array, ...]:
+  """What a batch of one clip is given of a picture: CLIP sees it as it is, the VAE as it was `fitted`."""
+  return tuple(precompute.given(config, rec)(first, image[None]).values())
 
 
-def _student_recipe(config: ConfigDict, path: str) -> Recipe:
-  if 'stage' not in config:
-    raise InputError(f'{path} is no run of salt_jax: its config names no stage.')
-  if config.stage not in FEW_STEP:
-    raise InputError(
-      f'{path} was made by the stage "{config.stage}", which has no few-step student.'
-    )
-  return recipe.build(config)
+def _negative(args, config: ConfigDict, rec: Recipe) -> dict:
+  if not args.negative:
+    return {}
+  ids, mask = stages.tokenizer(config, rec)([args.negative])
+  return {'negative': {'ids': np.asarray(ids), 'mask': np.asarray(mask)}}
 
 
 def define_flags() -> None:
+  cli.define_config('What a file is that does not say so itself.')
   flags.DEFINE_string('checkpoint', None, 'Workdir of a run, an exported file, or assets:NAME.')
   flags.DEFINE_multi_string('prompt', [], 'What to show; may be given several times.')
-  flags.DEFINE_string('image', None, 'First frame of the clips, for an image-to-video student.')
-  flags.DEFINE_integer('steps', 4, f'Denoising steps a chunk, 1 to {MAX_STEPS}.')
-  flags.DEFINE_integer(
-    'seed', 0, 'Number of the first noise.', lower_bound=0, upper_bound=2**31 - 1000
-  )
+  generate.define_flags(1)
   flags.DEFINE_string(
-    'output', 'out.webp', 'File to write: .webp, .gif or .png; several prompts are numbered.'
+    'output',
+    'out.webp',
+    'File to write: .webp, .gif, .png or .mp4; several clips are numbered.',
   )
   flags.DEFINE_bool(
     'stream', False, 'Generate and decode chunk by chunk, and say when each is ready.'
@@ -335,14 +341,19 @@ def define_flags() -> None:
 
 
 def _check(args) -> None:
-  if not args.checkpoint:
-    raise InputError(
-      'pass --checkpoint: the workdir of a run, an exported file, or assets:nano_student.safetensors.'
-    )
+  generate.check(args)
   if not args.prompt:
     raise InputError('pass at least one --prompt.')
-  if not 1 <= args.steps <= MAX_STEPS:
-    raise InputError(f'--steps={args.steps} must be between 1 and {MAX_STEPS}.')
+  video.check_suffix('--output=', args.output)
+  _check_stream(args)
+  cli.check_folder('output', os.path.dirname(args.output))
+
+
+def _check_stream(args) -> None:
+  if args.stream and (args.sampler != 'student' or args.samples > 1 or args.multihost):
+    raise InputError(
+      '--stream is for one clip a prompt of a student in one process: leave out --sampler, --samples and --multihost.'
+    )
   if not args.stream and (args.frames is not None or args.switch_at):
     raise InputError('--frames and --switch_at need --stream, which goes on chunk by chunk.')
   if args.switch_at and len(args.switch_at) != len(args.prompt) - 1:
@@ -350,56 +361,32 @@ def _check(args) -> None:
       f'{len(args.prompt)} prompts need {len(args.prompt) - 1} of --switch_at, not {len(args.switch_at)}: '
       'one for each prompt but the first.'
     )
-  if os.path.splitext(args.output)[1].lower() not in video.SUFFIXES:
-    raise InputError(f'--output={args.output} must end in one of {", ".join(video.SUFFIXES)}.')
-  cli.check_folder('output', os.path.dirname(args.output))
-
-
-def first_image(
-  path: str | None, config: ConfigDict, rec: Recipe
-) -> UInt8[np.ndarray, 'h w 3'] | None:
-  """The picture that an I2V student begins with; those of the nano world have one size, others are `fitted` to theirs.
-
-  Raises:
-    InputError: the student takes none or wants one, or it is no picture, or for nano of another size.
-  """
-  if not rec.model.frame_channels:
-    if path:
-      raise InputError(f'--image={path} has no use: this student is given text alone.')
-    return None
-  size = config.video.height, config.video.width
-  if not path:
-    raise InputError(
-      f'pass --image: this student continues a picture of {size[1]}x{size[0]} pixels.'
-    )
-  image = video.read_image(path)
-  if config.size == 'nano' and image.shape[:2] != size:
-    raise InputError(
-      f'--image={path} is {image.shape[1]}x{image.shape[0]}: scale it to {size[1]}x{size[0]} pixels.'
-    )
-  return image
-
-
-def fitted(
-  config: ConfigDict, rec: Recipe, picture: UInt8[np.ndarray, 'h w 3']
-) -> tuple[ConfigDict, Recipe, Float[Array, '1 1 rows columns 3']]:
-  """Config and recipe for a video of the picture's shape and the config's area, and its first frame (wan.md 5.5).
-
-  The frame is as torch resizes it: not antialiased, and neither rounded nor clamped to 0 .. 255.
-  """
-  size = config.video.height, config.video.width
-  if config.size != 'nano':
-    config = config.copy_and_resolve_references()
-    size = images.video_size(*picture.shape[:2], size[0] * size[1])
-    config.video.height, config.video.width = size
-    rec = recipe.build(config)
-  return config, rec, images.bicubic(jnp.asarray(picture, jnp.float32), size)[None, None]
 
 
 def program() -> None:
   args = flags.FLAGS
   _check(args)
-  config, rec, params = load(args.checkpoint)
+  generate.join(args)
+  if args.stream:
+    _stream(args)
+    return
+  made = generator(args, args.prompt)
+  prompts = [prompt for prompt in args.prompt for _ in range(args.samples)]
+  began = time.monotonic()
+  mine = [(number, prompts[number]) for number in generate.share(len(prompts))]
+  for number, clip in generate.clips(made, mine, args.batch, args.seed):
+    path = _path(args.output, number, len(prompts))
+    video.write(path, clip, made.config.video.fps)
+    log.info('wrote %s after %.1f s', path, time.monotonic() - began)
+
+
+def _path(output: str, number: int, count: int) -> str:
+  root, suffix = os.path.splitext(output)
+  return output if count == 1 else f'{root}-{number}{suffix}'
+
+
+def _stream(args: flags.FlagValues) -> None:
+  config, rec, params = load(args.checkpoint, args.config if cli.config_is_given() else None)
   rec = lengthened(config, rec, args.frames)
   _check_switches(args.switch_at, rec)
   image = first_image(args.image, config, rec)
@@ -414,22 +401,15 @@ def program() -> None:
   count = 1 if switches else len(ids)
   batch = ids[:count], mask[:count], args.seed + np.arange(count, dtype=np.int32)
   if image is not None:
-    # CLIP sees the picture itself.
-    fields = precompute.given(config, rec)(first, image[None])
-    batch += tuple(jnp.repeat(x, count, axis=0) for x in fields.values())
+    fields = _given(config, rec, first, image)
+    batch += tuple(jnp.repeat(x, count, axis=0) for x in fields)
   began = time.monotonic()
-  if args.stream:
-    parts = []
-    for part in stream(rec, params, frozen, frozen['vae'], batch, args.steps, switches):
-      parts.append(part)
-      log.info('%d frames after %.2f s', sum(p.shape[1] for p in parts), time.monotonic() - began)
-    videos = np.concatenate(parts, axis=1)
-  else:
-    videos = decoder(rec, frozen['vae'])(student(rec, frozen)(params, args.steps)(*batch))
-  log.info('%d clips in %.1f s, compilation included', len(videos), time.monotonic() - began)
-  root, suffix = os.path.splitext(args.output)
-  for i, clip in enumerate(videos):
-    path = args.output if len(videos) == 1 else f'{root}-{i}{suffix}'
+  parts = []
+  for part in stream(rec, params, frozen, frozen['vae'], batch, args.steps or STEPS, switches):
+    parts.append(part)
+    log.info('%d frames after %.2f s', sum(p.shape[1] for p in parts), time.monotonic() - began)
+  for i, clip in enumerate(np.concatenate(parts, axis=1)):
+    path = _path(args.output, i, count)
     video.write(path, clip, config.video.fps)
     log.info('wrote %s', path)
 

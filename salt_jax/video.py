@@ -1,5 +1,7 @@
-"""Video files and contact sheets, with Pillow alone."""
+"""Video files and contact sheets, with Pillow alone; MP4 with PyAV, which is the extra `video`."""
 
+import fractions
+import importlib.util
 import os
 import textwrap
 from collections.abc import Sequence
@@ -11,7 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 from salt_jax.errors import InputError
 
 QUALITY = 90
-SUFFIXES = ('.webp', '.gif', '.png')
+SUFFIXES = ('.webp', '.gif', '.png', '.mp4')
+CRF = 12  # of x264: 0 is lossless, 23 its default; evaluation reads these files
 TEXT_SIZE = 14
 TEXT_WIDTH = 190
 GAP = 2
@@ -73,6 +76,61 @@ def write_gif(
     duration=_durations(len(video), fps, 10),
     loop=0,
   )
+
+
+def check_suffix(name: str, path: str) -> None:
+  """Refuses a path that `write` cannot serve, before anything is computed.
+
+  Raises:
+    InputError: an unknown suffix, or MP4 without PyAV; `name` is what the user wrote before the path.
+  """
+  suffix = os.path.splitext(path)[1].lower()
+  if suffix not in SUFFIXES:
+    raise InputError(f'{name}{path} must end in one of {", ".join(SUFFIXES)}.')
+  if suffix == '.mp4':
+    require_pyav(f'{name}{path}', f', or choose another of {", ".join(SUFFIXES[:-1])}')
+
+
+def require_pyav(name: str, otherwise: str = '') -> None:
+  """Refuses what needs MP4 where PyAV is missing.
+
+  Raises:
+    InputError: naming who needs it and, if there is one, the way around.
+  """
+  if importlib.util.find_spec('av') is None:
+    raise InputError(f"{name} needs PyAV: pip install 'salt_jax[video]'{otherwise}.")
+
+
+def write_mp4(path: str, video: UInt8[np.ndarray, 'f h w 3'], fps: float = 16) -> None:
+  """Writes H.264 in 4:2:0, which every player and VBench's decoders read; the same video makes the same bytes.
+
+  Raises:
+    InputError: a side is odd.
+  """
+  import av
+
+  frames, height, width, _ = video.shape
+  if height % 2 or width % 2:
+    raise InputError(f'{path}: an MP4 of {width}x{height} cannot be: both sides must be even.')
+  os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+  temporary = f'{path}.{os.getpid()}.tmp'
+  rate = fractions.Fraction(fps).limit_denominator(1001)
+  with av.open(temporary, 'w', format='mp4') as file:
+    stream = file.add_stream('libx264', rate=rate, options={'crf': str(CRF), 'threads': '1'})
+    stream.width, stream.height, stream.pix_fmt = width, height, 'yuv420p'
+    for number in range(frames):
+      frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(video[number]), format='rgb24')
+      file.mux(stream.encode(frame))
+    file.mux(stream.encode())
+  os.replace(temporary, path)
+
+
+def read_mp4(path: str) -> UInt8[np.ndarray, 'f h w 3']:
+  """All frames of an MP4."""
+  import av
+
+  with av.open(path) as file:
+    return np.stack([frame.to_ndarray(format='rgb24') for frame in file.decode(video=0)])
 
 
 def read_webp(path: str, fps: float = 16) -> UInt8[np.ndarray, 'f h w 3']:
@@ -165,18 +223,18 @@ def write_strip(path: str, video: UInt8[np.ndarray, 'f h w 3'], frames: int = 9)
 
 
 def write(path: str, video: UInt8[np.ndarray, 'f h w 3'], fps: float = 16) -> None:
-  """Writes a video in the format of the path's suffix: .webp, .gif, or .png (a strip of frames).
+  """Writes a video in the format of the path's suffix: .webp, .gif, .mp4, or .png (a strip of frames).
 
   Raises:
-    InputError: the suffix is unknown.
+    InputError: the suffix is unknown, or MP4 without PyAV.
   """
-  suffix = os.path.splitext(path)[1].lower()
-  match suffix:
+  check_suffix('', path)
+  match os.path.splitext(path)[1].lower():
+    case '.mp4':
+      write_mp4(path, video, fps)
     case '.webp':
       write_webp(path, video, fps)
     case '.gif':
       write_gif(path, video, fps)
     case '.png':
       write_strip(path, video)
-    case _:
-      raise InputError(f"'{path}' has the unknown suffix '{suffix}': use {', '.join(SUFFIXES)}.")

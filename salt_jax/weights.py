@@ -125,3 +125,33 @@ def config_of(path: str) -> ConfigDict:
       f'{path} does not say which config made it: pass the workdir of a run instead.'
     )
   return ConfigDict(json.loads(metadata['config']), convert_dict=True)
+
+
+def config_of_run(path: str) -> ConfigDict:
+  """The config that a run left in its workdir.
+
+  Raises:
+    InputError: if there is none, or it is damaged.
+  """
+  file = os.path.join(path, 'config.json')
+  if not os.path.isfile(file):
+    raise InputError(
+      f'{path} has no config.json: pass the workdir of a run that has saved a checkpoint.'
+    )
+  with open(file, encoding='utf-8') as f:
+    text = f.read()
+  try:
+    return ConfigDict(json.loads(text), convert_dict=True)
+  except ValueError as error:
+    raise InputError(f'{file} is damaged ({error}): pass a file that the run exported.') from error
+
+
+def averaged(workdir: str, shapes: PyTree) -> PyTree:
+  """The averaged networks of a run's newest checkpoint, on one device of this process.
+
+  Raises:
+    InputError: no finished checkpoint, of another size, or damaged.
+  """
+  home = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home), shapes)
+  return checkpoint.restore_ema(os.path.join(workdir, 'checkpoints'), like)

@@ -55,25 +55,6 @@ def test_what_cannot_be_compared_is_refused(arguments, sentence):
   assert sentence in str(error.value) and '\n' not in str(error.value)
 
 
-def test_interval_covers_the_mean_and_pairs_clips():
-  rng = np.random.default_rng(0)
-  hard = rng.uniform(0, 1, 400)  # how hard a clip is, alike for every run
-  one = hard + rng.normal(0, 0.01, (3, 400))
-  other = hard + 0.05 + rng.normal(0, 0.01, (3, 400))
-  mean, low, high = compare.interval(one)
-  assert low < mean < high and abs(mean - 0.5) < 0.05 and 0.03 < high - low < 0.09
-  mean, low, high = compare.interval(other - one)
-  assert 0.045 < low < mean < high < 0.055, (
-    'the difference of paired clips is far surer than either'
-  )
-
-
-def test_interval_knows_that_few_seeds_are_few():
-  """Seeds that disagree widen the interval however many clips there are."""
-  values = np.repeat([[0.0], [1.0]], 1000, axis=1)
-  assert compare.interval(values)[1:] == (0.0, 1.0)
-
-
 def test_table_shows_figures_and_differences():
   rng = np.random.default_rng(0)
   measures = compare.evaluate.MEASURES

@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from salt_jax import clips, evaluate, precompute, recipe, sample, stages, step, train, weights
+from salt_jax import (
+  clips,
+  codec,
+  evaluate,
+  precompute,
+  recipe,
+  sample,
+  stages,
+  step,
+  train,
+  weights,
+)
 from salt_jax.errors import InputError
 from salt_jax.models import vae
 from salt_jax.state import TrainState
@@ -138,7 +149,7 @@ def test_sampling_depends_on_the_picture_and_streams_alike(world):
   args = batch['ids'], batch['mask'], batch['index']
   one, other = few(*args, batch['condition']), few(*args, batch['condition'] + 1)
   assert np.abs(one - other).max() > 1e-2
-  whole = sample.decoder(rec, frozen['vae'])(one)
+  whole = codec.decoder(rec, frozen['vae'])(one)
   parts = sample.stream(rec, student, frozen, frozen['vae'], (*args, batch['condition']), 2)
   # float32 rounding may tip a pixel over to the next of 256 levels.
   assert np.abs(np.concatenate(list(parts), axis=1).astype(int) - whole).max() <= 1

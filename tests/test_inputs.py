@@ -26,6 +26,7 @@ from salt_jax import (
   sample,
   stages,
   train,
+  vbench,
   weights,
 )
 from salt_jax.checkpoint import Checkpoints, write_config
@@ -115,8 +116,45 @@ WRONG_COMMANDS = {
       '--seed=-1: -1 is not an integer in the range',
     ),
     (
-      ['--checkpoint=x', '--prompt=a bag', '--output=o.mp4'],
-      '--output=o.mp4 must end in one of .webp, .gif, .png.',
+      ['--checkpoint=x', '--prompt=a bag', '--output=o.avi'],
+      '--output=o.avi must end in one of .webp, .gif, .png, .mp4.',
+    ),
+    (
+      ['--checkpoint=x', '--prompt=a bag', '--sampler=heun'],
+      '--sampler=heun: value should be one of <student|unipc|dpmpp|euler>',
+    ),
+    (
+      ['--checkpoint=x', '--prompt=a bag', '--sampler=unipc', '--guidance=-1'],
+      '--guidance=-1.0 must be zero or positive',
+    ),
+    (
+      ['--checkpoint=x', '--prompt=a bag', '--sampler=unipc', '--guidance=nan'],
+      '--guidance=nan must be zero or positive',
+    ),
+    (
+      ['--checkpoint=x', '--prompt=a bag', '--sampler=unipc', '--shift=0'],
+      '--shift=0.0 must be positive: 1 leaves the grid as it is.',
+    ),
+    (
+      ['--checkpoint=x', '--prompt=a bag', '--sampler=unipc', '--steps=1001'],
+      '--steps=1001 must be between 1 and 1000.',
+    ),
+    (
+      ['--checkpoint=x', '--prompt=a bag', '--guidance=4'],
+      '--guidance has no use with --sampler=student: choose one of unipc, dpmpp, euler, or leave it out.',
+    ),
+    (
+      ['--checkpoint=x', '--prompt=a bag', '--stream', '--sampler=unipc'],
+      '--stream is for one clip a prompt of a student in one process',
+    ),
+    (['--checkpoint=x', '--prompt=a bag', '--samples=0'], '--samples=0: 0 is not a positive integer'),
+    (
+      ['--checkpoint=assets:nano_teacher.safetensors', '--prompt=a bag'],
+      'the stage "flow", which has no few-step student: a bidirectional teacher is sampled with --sampler=unipc.',
+    ),
+    (
+      ['--checkpoint=assets:nano_student.safetensors', '--prompt=a bag', '--sampler=unipc'],
+      'the stage "selfforcing", which is no many-step teacher: pass --sampler=student',
     ),
     (
       ['--checkpoint=x', '--prompt=a bag', '--output=LICENSE/o.png'],
@@ -151,7 +189,7 @@ WRONG_COMMANDS = {
     ),
     (
       ['--checkpoint=assets:nano_vae.safetensors', '--prompt=a bag'],
-      'the stage "vae", which has no few-step student.',
+      'the stage "vae", which has no few-step student: ',
     ),
   ),
   'evaluate': (
@@ -166,6 +204,17 @@ WRONG_COMMANDS = {
     (['--diagnose=defect'], '--diagnose looks into one student: pass --checkpoint, the workdir of a run'),
     (['--diagnose=defects'], '--diagnose: "defects" is unknown; choose from defect, cache, swap, drift.'),
     (['--config.weights.text=nowhere', '--output={tmp}'], 'not there: nowhere (weights.text)'),
+    (['--vbench=LICENSE'], 'pass --checkpoint: the workdir of a run, an exported file, or assets:'),
+    (['--vbench=nowhere', '--checkpoint=x'], '--vbench=nowhere cannot be read (No such file or directory).'),
+    (['--vbench=/dev/null', '--checkpoint=x'], '--vbench=/dev/null holds no prompt: give one a line.'),
+    (['--vbench=LICENSE', '--checkpoint=x', '--steps=9'], '--steps=9 must be between 1 and 8.'),
+    (['--vbench=LICENSE', '--checkpoint=x', '--image=a.png'], '--image has no use with --vbench: '),
+    (['--vbench=LICENSE', '--checkpoint=x', '--extended=/dev/null'], '--extended=/dev/null holds no prompt'),
+    (['--vbench=LICENSE', '--checkpoint=x', '--output={tmp}'], 'holds a slash or a line break, so it can name no file'),
+  ),
+  'vbench': (
+    ([], 'pass --results: a folder that salt_jax.evaluate --vbench has written.'),
+    (['--results={tmp}'], 'has no vbench.json: pass a folder that salt_jax.evaluate --vbench has written.'),
   ),
   'convert': (
     ([], 'pass --input: a file of weights, an index of shards, or the workdir of a run.'),
@@ -202,7 +251,13 @@ def programs():
   """Programs run in this process; afterwards flags and log are as before."""
   known, logger = set(flags.FLAGS), logging.getLogger('salt_jax')
   handlers = list(logger.handlers)
-  yield {'main': main, 'sample': sample, 'evaluate': evaluate, 'convert': convert_cli}
+  yield {
+    'main': main,
+    'sample': sample,
+    'evaluate': evaluate,
+    'vbench': vbench,
+    'convert': convert_cli,
+  }
   for name in set(flags.FLAGS) - known:
     delattr(flags.FLAGS, name)
   flags.FLAGS.unparse_flags()
@@ -221,6 +276,15 @@ def test_a_wrong_command_is_refused_in_a_sentence(name, args, sentence, programs
   lines = capsys.readouterr().err.splitlines()
   assert stop.value.code == 2 and len(lines) == 1, lines
   assert lines[0].startswith('salt_jax: ') and sentence in lines[0]
+
+
+def test_mp4_without_pyav_is_refused_before_anything_is_loaded(programs, monkeypatch, capsys):
+  monkeypatch.setitem(sys.modules, 'av', None)
+  monkeypatch.setattr(sys, 'argv', ['sample', '--checkpoint=x', '--prompt=a bag', '--output=o.mp4'])
+  with pytest.raises(SystemExit) as stop:
+    cli.run(programs['sample'].program, programs['sample'].define_flags)
+  (line,) = capsys.readouterr().err.splitlines()
+  assert stop.value.code == 2 and "--output=o.mp4 needs PyAV: pip install 'salt_jax[video]'" in line
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from salt_jax import recipe, sample, stages, video
+from salt_jax import codec, recipe, sample, stages, video
 from salt_jax import weights as files
 from salt_jax.diffusion import rollout, streaming
 from salt_jax.errors import InputError
@@ -37,7 +37,7 @@ def test_a_stream_equals_the_whole_clip(world, window):
   with config.unlocked():
     config.rollout.window = window
   rec = recipe.build(config)
-  whole = sample.decoder(rec, frozen['vae'])(sample.student(rec, frozen)(student, 2)(*batch))
+  whole = codec.decoder(rec, frozen['vae'])(sample.student(rec, frozen)(student, 2)(*batch))
   parts = list(sample.stream(rec, student, frozen, frozen['vae'], batch, 2))
   assert [p.shape[1] for p in parts] == [9, 12]
   streamed = np.concatenate(parts, axis=1)
@@ -58,7 +58,7 @@ def windowed(world):
 def test_a_long_stream_equals_the_long_clip_in_constant_memory(world, windowed):
   _, _, frozen, student, batch = world
   assert rollout.empty_cache(windowed.chunking, 2, streaming=True).capacity == 4
-  whole = sample.decoder(windowed, frozen['vae'])(
+  whole = codec.decoder(windowed, frozen['vae'])(
     sample.student(windowed, frozen)(student, 2)(*batch)
   )
   parts = list(sample.stream(windowed, student, frozen, frozen['vae'], batch, 2))

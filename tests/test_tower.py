@@ -1,21 +1,28 @@
 """Image-to-video with CLIP: what the tower sees of the first frame is stored, and reaches every network."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from configs import selfforcing
 from salt_jax import (
+  cli,
   clips,
+  codec,
   data,
   evaluate,
+  generate,
   images,
   precompute,
   recipe,
   sample,
   stages,
   step,
+  teacher,
   train,
   weights,
 )
@@ -84,6 +91,37 @@ def test_sampling_depends_on_the_rows(world):
   args = batch['ids'], batch['mask'], batch['index'], batch['condition']
   one, other = few(*args, batch['image']), few(*args, -batch['image'])
   assert np.abs(np.asarray(one - other)).max() > 1e-2
+
+
+@pytest.mark.parametrize('sampler', ['student', 'unipc'])
+def test_a_program_s_clips_are_given_the_frame_and_the_rows(world, tmp_path, monkeypatch, sampler):
+  config, rec, frozen = world
+  monkeypatch.setattr(cli, 'config_is_given', lambda: True)
+  picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+  Image.fromarray(picture).save(tmp_path / 'first.png')
+  flags = dict(steps=2, guidance=None, shift=None, negative=None, image=str(tmp_path / 'first.png'))
+  path = config.weights['student' if sampler == 'student' else 'teacher']
+  args = types.SimpleNamespace(checkpoint=path, config=config, sampler=sampler, **flags)
+  made = sample.generator(args, PROMPTS)
+  got = np.stack([clip for _, clip in generate.clips(made, list(enumerate(PROMPTS)), 2)])
+
+  params = weights.load(path, 'dit', rec.model)
+  if sampler == 'student':
+    run = sample.student(rec, frozen)(params, 2)
+  else:
+    shape = recipe.latent_shape(config)
+    run = teacher.sampler(rec, rec.teacher, frozen, shape)(params, teacher.settings(args, config))
+  given = precompute.given(config, rec)(np.stack([picture[None]] * 2))
+  words = *stages.tokenizer(config, rec)(PROMPTS), np.arange(2, dtype=np.int32)
+  decode = codec.decoder(rec, frozen['vae'])
+  # Clips decoded two at once, or one, may round to a neighbouring level of 256.
+  want = decode(run(*words, given['condition'], given['image']))
+  assert np.abs(got.astype(int) - want).max() <= 1
+  for condition, image in (
+    (-given['condition'], given['image']),
+    (given['condition'], -given['image']),
+  ):
+    assert np.abs(got.astype(int) - decode(run(*words, condition, image))).max() > 3
 
 
 def test_a_distillation_trains_the_image_branch_and_its_student_is_reported(world, tmp_path):

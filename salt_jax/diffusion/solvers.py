@@ -1,4 +1,4 @@
-"""Many-step sampling of the bidirectional teacher: Euler on the shifted grid, with guidance."""
+"""Guidance, and Euler trajectories of the bidirectional teacher on the few-step grid; samplers are in `multistep`."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from salt_jax.models.wan import Clip
 
 
 def guided_velocity(
-  apply: Callable, params, x, sigma, texts, scale: float
+  apply: Callable, params, x, t, texts, scale: float | Float[Array, ''] | None
 ) -> Float[Array, 'b f h w c']:
   """Velocity with guidance, cond and uncond in one batch (equation of `flow.guide`).
 
@@ -20,15 +20,15 @@ def guided_velocity(
     apply: the model.
     params: its parameters.
     x: noisy latents `[b f h w c]`.
-    sigma: one level for all.
+    t: one timestep in [0, 1000] for all.
     texts: (prompts, unconditional prompts).
-    scale: 1 drops the second pass.
+    scale: None, or the Python number 1, drops the second pass.
   """
   cond, uncond = texts
-  if scale == 1.0:
-    return apply(params, x, jnp.full(x.shape[:2], 1000 * sigma), cond, Clip())[0]
+  if scale is None or (isinstance(scale, int | float) and scale == 1):
+    return apply(params, x, jnp.full(x.shape[:2], t), cond, Clip())[0]
   both = jnp.concatenate([x, x])
-  t = jnp.full(both.shape[:2], 1000 * sigma)
+  t = jnp.full(both.shape[:2], t)
   v_cond, v_uncond = jnp.split(apply(params, both, t, flow.paired(cond, uncond), Clip())[0], 2)
   return flow.guide(v_cond, v_uncond, scale)
 
@@ -59,7 +59,7 @@ def euler_trajectory(
   """
 
   def velocity(x, sigma):
-    return guided_velocity(apply, params, x, sigma, texts, scale)
+    return guided_velocity(apply, params, x, 1000 * sigma, texts, scale)
 
   return trajectory(velocity, noise, sigmas, keep)
 

@@ -1,0 +1,147 @@
+"""Which network a sampler is given: of a run, of a file that a run exported, or of any file and its config."""
+
+import os
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree, UInt8
+from ml_collections import ConfigDict
+
+from salt_jax import images, recipe, video, weights
+from salt_jax.checks import FEW_STEP
+from salt_jax.errors import InputError
+from salt_jax.models import wan
+from salt_jax.recipe import Recipe
+
+
+def load(path: str, given: ConfigDict | None = None) -> tuple[ConfigDict, Recipe, PyTree]:
+  """The averaged generator of a run or an exported file, and the config that made it.
+
+  Args:
+    path: workdir or file; with `given` any file in Wan's names.
+    given: config that describes the file.
+
+  Raises:
+    InputError: nothing there, damaged, or of a stage without a few-step student.
+  """
+  if given is None and os.path.isdir(path):
+    config = weights.config_of_run(path)
+    rec = _student_recipe(config, path)
+    return (
+      config,
+      rec,
+      weights.averaged(path, {'generator': weights.shapes('dit', rec.model)})['generator'],
+    )
+  config = weights.config_of(weights.resolve(path)) if given is None else given
+  if path.startswith('assets:'):
+    config.weights.update(weights.shipped(config.weights))
+  rec = _student_recipe(config, path)
+  return config, rec, weights.load(path, 'dit', rec.model)
+
+
+def _student_recipe(config: ConfigDict, path: str) -> Recipe:
+  if 'stage' not in config:
+    raise InputError(f'{path} is no run of salt_jax: its config names no stage.')
+  if config.stage not in FEW_STEP:
+    raise InputError(
+      f'{path} was made by the stage "{config.stage}", which has no few-step student: a bidirectional teacher '
+      'is sampled with --sampler=unipc.'
+    )
+  return recipe.build(config)
+
+
+def first_image(
+  path: str | None, config: ConfigDict, rec: Recipe
+) -> UInt8[np.ndarray, 'h w 3'] | None:
+  """The picture that an I2V network begins with; those of the nano world have one size, others are `fitted` to theirs.
+
+  Raises:
+    InputError: the student takes none or wants one, or it is no picture, or for nano of another size.
+  """
+  if not rec.model.frame_channels:
+    if path:
+      raise InputError(f'--image={path} has no use: this student is given text alone.')
+    return None
+  size = config.video.height, config.video.width
+  if not path:
+    raise InputError(
+      f'pass --image: this student continues a picture of {size[1]}x{size[0]} pixels.'
+    )
+  image = video.read_image(path)
+  if config.size == 'nano' and image.shape[:2] != size:
+    raise InputError(
+      f'--image={path} is {image.shape[1]}x{image.shape[0]}: scale it to {size[1]}x{size[0]} pixels.'
+    )
+  return image
+
+
+def fitted(
+  config: ConfigDict, rec: Recipe, picture: UInt8[np.ndarray, 'h w 3']
+) -> tuple[ConfigDict, Recipe, Float[Array, '1 1 rows columns 3']]:
+  """Config and recipe for a video of the picture's shape and the config's area, and its first frame (wan.md 5.5).
+
+  The frame is as torch resizes it: not antialiased, and neither rounded nor clamped to 0 .. 255.
+  """
+  size = config.video.height, config.video.width
+  if config.size != 'nano':
+    config = config.copy_and_resolve_references()
+    size = images.video_size(*picture.shape[:2], size[0] * size[1])
+    config.video.height, config.video.width = size
+    rec = recipe.build(config)
+  return config, rec, images.bicubic(jnp.asarray(picture, jnp.float32), size)[None, None]
+
+
+def load_teacher(
+  path: str, given: ConfigDict | None = None
+) -> tuple[ConfigDict, Recipe, wan.WanConfig, dict[str, PyTree]]:
+  """A bidirectional teacher: config, recipe, its sizes, and its network 'dit', with 'text' if it was trained along.
+
+  Args:
+    path: workdir of a run of `pretrain`, a file it exported, assets:NAME, or with `given` any file in Wan's names.
+    given: config whose sizes, text encoder and VAE the file belongs to.
+
+  Raises:
+    InputError: nothing there, damaged, of another size, or no bidirectional many-step model.
+  """
+  if given is not None:
+    return _published(path, given)
+  folder = os.path.isdir(path)
+  config = weights.config_of_run(path) if folder else weights.config_of(weights.resolve(path))
+  if config.get('stage') != 'flow':
+    raise InputError(
+      f'{path} was made by the stage "{config.get("stage")}", which is no many-step teacher: pass --sampler=student, '
+      'or the --config that it belongs to.'
+    )
+  if path.startswith('assets:'):
+    config.weights.update(weights.shipped(config.weights))
+  rec = recipe.build(config)
+  if folder:
+    like = {'dit': weights.shapes('dit', rec.model), 'text': weights.shapes('umt5', rec.text)}
+    return config, rec, rec.model, weights.averaged(path, like)
+  if not path.startswith('assets:'):
+    config.weights.text = _text_beside(path)
+  networks = {'dit': weights.load(path, 'dit', rec.model)}
+  return config, rec, rec.model, networks
+
+
+def _text_beside(path: str) -> str:
+  """The text encoder that was trained with a teacher, which its run exported beside it."""
+  text = path.replace('-dit.safetensors', '-text.safetensors')
+  if text == path or not os.path.isfile(text):
+    raise InputError(
+      f'{path} needs the text encoder of its run: keep NAME-dit.safetensors and NAME-text.safetensors together.'
+    )
+  return text
+
+
+def _published(path: str, config: ConfigDict):
+  rec = recipe.build(config)
+  sizes = [cfg for cfg in (rec.teacher, rec.model) if cfg is not None]
+  if not sizes:
+    raise InputError(f'{config.name} has no DiT: pass the --config of a teacher or a student.')
+  for cfg in sizes:
+    try:
+      return config, rec, cfg, {'dit': weights.load(path, 'dit', cfg)}
+    except InputError as refused:
+      error = refused
+  raise error

@@ -1,0 +1,69 @@
+"""Videos in parts are whole videos, and a part at a real size is small."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from salt_jax import codec
+from salt_jax.diffusion.conditioning import known_video
+from salt_jax.errors import InputError
+from salt_jax.models import vae
+from salt_jax.step import to_bytes, to_unit
+from tests.test_vae import EXACT, TINY, encode, normal, tiny_params
+
+LATENTS = normal(1, 2, 7, 3, 2, 16)
+VIDEO = np.random.default_rng(0).integers(0, 256, (2, 25, 24, 16, 3)).astype(np.uint8)
+
+
+@functools.cache
+def _whole():
+  return np.asarray(jax.jit(lambda p, z: to_bytes(vae.decode(p, z, TINY)))(tiny_params(), LATENTS))
+
+
+@pytest.mark.parametrize('part', [1, 3, 20])
+def test_a_video_decoded_in_parts_is_the_whole_video(part):
+  got = codec.decode(tiny_params(), LATENTS, TINY, part)
+  assert got.dtype == np.uint8 and got.shape == (2, 25, 24, 16, 3) and got.std() > 5
+  # Sums in another order may tip a pixel over to the next of 256 levels, and rarely.
+  gap = np.abs(got.astype(int) - _whole())
+  assert gap.max() <= 1 and (gap > 0).mean() < 1e-3
+
+
+@pytest.mark.parametrize('part', [1, 3, 20])
+def test_a_video_encoded_in_parts_is_the_whole_video(part):
+  got = codec.encode(tiny_params(), VIDEO, TINY, part)
+  np.testing.assert_allclose(got, encode(tiny_params(), to_unit(VIDEO), TINY), **EXACT)
+
+
+@pytest.mark.parametrize('part', [1, 20])
+def test_a_first_frame_before_grey_is_its_known_video(part):
+  got = codec.encode_known(tiny_params(), VIDEO[:, :1], 25, TINY, part)
+  known = known_video(to_unit(VIDEO[:, :1]), 25)
+  np.testing.assert_allclose(got, encode(tiny_params(), known, TINY), **EXACT)
+
+
+def test_frames_that_make_no_latents_are_refused():
+  with pytest.raises(InputError, match='7 frames cannot be encoded'):
+    codec.encode(tiny_params(), VIDEO[:, :7], TINY)
+
+
+def test_a_nano_clip_is_one_part_and_a_wan_clip_21():
+  assert codec.latents_at_once(8, 8) >= 21
+  assert codec.latents_at_once(60, 104) == codec.latents_at_once(90, 160) == 1
+  assert list(codec.spans((1, 81, 64, 64, 3), TINY)) == [(0, 81)]
+  parts = list(codec.spans((1, 81, 480, 832, 3), TINY))
+  assert parts[:3] == [(0, 1), (1, 5), (5, 9)] and parts[-1] == (77, 81) and len(parts) == 21
+
+
+def test_no_array_of_a_part_at_480p_grows_with_the_video():
+  """Every value inside a part's decoder has at most the four frames of one latent, and two of history."""
+  cfg = vae.wan_vae()
+  z = jax.ShapeDtypeStruct((1, 1, 60, 104, 16), jnp.float32)
+  cache = jax.eval_shape(lambda: vae.init_decode_cache(cfg, 1, 60, 104))
+  call = functools.partial(vae.decode_chunk, cfg=cfg, first=False)
+  jaxpr = jax.make_jaxpr(call)(vae.param_shapes(cfg), z, cache)
+  largest = max(v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars)
+  assert largest <= 6 * 480 * 832 * 192
