@@ -72,7 +72,7 @@ class Checkpoints:
       return False
     prints = {name: int(jax.device_get(fingerprint(tree))) for name, tree in items.items()}
     if jax.default_backend() == 'cpu':
-      # There the host's view is the device's own memory, which the next step's donation overwrites.
+      # There the host's view is the device's own memory: the writer would hold what is to be donated.
       items = jax.block_until_ready(_copied(dict(items)))
     args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
     args['info'] = ocp.args.JsonSave(dict(info) | {'step': int(step), 'fingerprints': prints})
