@@ -144,7 +144,6 @@ def _bytes(folder):
 
 
 def test_an_export_is_complete_resumes_and_knows_its_protocol(student, tmp_path, monkeypatch):
-  pytest.importorskip('av')
   args = _args(student, tmp_path)
   benchmark.export(args)
   first = _bytes(tmp_path)
@@ -193,7 +192,6 @@ def test_an_export_is_complete_resumes_and_knows_its_protocol(student, tmp_path,
 
 def test_the_noise_is_the_seeds_and_the_numbers(student, tmp_path):
   """Not the run's own seed: two checkpoints are compared on the same noise."""
-  pytest.importorskip('av')
   folders = [tmp_path / name for name in ('a', 'b', 'c')]
   for folder, seed in zip(folders, (0, 0, 1), strict=True):
     folder.mkdir()
@@ -203,7 +201,6 @@ def test_the_noise_is_the_seeds_and_the_numbers(student, tmp_path):
 
 
 def test_foreign_folders_are_refused_before_anything_is_loaded(student, tmp_path, monkeypatch):
-  pytest.importorskip('av')
   monkeypatch.setattr(sample, 'generator', lambda *_, **__: pytest.fail('something was loaded'))
   (tmp_path / 'out' / 'videos').mkdir(parents=True)
   (tmp_path / 'out' / 'videos' / 'one red bag-0.mp4').touch()

@@ -174,6 +174,19 @@ def test_a_chunk_as_long_as_the_clip_is_the_bidirectional_student():
   np.testing.assert_allclose(_exit(tiny.params(), rolled, tiny.FRAMES), rolled.x0, atol=1e-4)
 
 
+def test_a_bidirectional_rollout_asks_once_a_step():
+  asked = []
+
+  def apply(*args):
+    jax.debug.callback(lambda: asked.append(1))
+    return APPLY(*args)
+
+  plan = rollout.student_plan(tiny.chunking(chunk=tiny.FRAMES), jnp.asarray(SIGMAS), jnp.int32(2))
+  jax.block_until_ready(rollout.rollout(apply, tiny.params(), tiny.keys(), tiny.prompt(), plan))
+  jax.effects_barrier()
+  assert len(asked) == 3
+
+
 def _reference_plan(exit_step, coupling, steps=2, reference=4):
   schedule = draws.Schedule((steps,), (1.0,), 5.0)
   cfg = draws.ReferenceConfig(map=((steps, (reference,)),), coupling=coupling)

@@ -3,6 +3,7 @@
 import os
 import sys
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -97,7 +98,6 @@ def test_mp4_without_pyav_is_refused(tmp_path, clip, monkeypatch):
 
 @pytest.mark.parametrize('fps', [16, 24, 29.97])
 def test_mp4_comes_back_in_order_and_on_time(tmp_path, clip, fps):
-  av = pytest.importorskip('av')
   path = str(tmp_path / 'new' / 'a.mp4')
   video.write(path, clip, fps)
   assert os.listdir(tmp_path / 'new') == ['a.mp4']
@@ -113,7 +113,6 @@ def test_mp4_comes_back_in_order_and_on_time(tmp_path, clip, fps):
 
 
 def test_the_same_video_makes_the_same_mp4(tmp_path, clip):
-  pytest.importorskip('av')
   files = [tmp_path / name for name in ('a.mp4', 'b.mp4')]
   for file in files:
     video.write(str(file), clip)
@@ -121,7 +120,6 @@ def test_the_same_video_makes_the_same_mp4(tmp_path, clip):
 
 
 def test_an_mp4_of_an_odd_side_is_refused(tmp_path, clip):
-  pytest.importorskip('av')
   with pytest.raises(InputError, match='an MP4 of 63x64 cannot be: both sides must be even.'):
     video.write(str(tmp_path / 'a.mp4'), clip[:, :, 1:])
 
