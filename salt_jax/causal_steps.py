@@ -13,7 +13,7 @@ from salt_jax.losses import causal
 from salt_jax.models import wan
 from salt_jax.recipe import Recipe
 from salt_jax.state import TrainState
-from salt_jax.step import _means, _update, conditioning, step_keys
+from salt_jax.step import conditioning, means, step_keys, update
 
 
 def _forced(cfg: wan.WanConfig, params, recipe: Recipe):
@@ -29,8 +29,8 @@ def _descend(state: TrainState, loss_fn, recipe: Recipe) -> tuple[TrainState, di
     return per_example.mean(), aux | {'loss': per_example}
 
   grads, aux = jax.grad(mean, has_aux=True)(state.params['generator'])
-  state, norms = _update(state, {'generator': grads}, recipe, averaged=True)
-  return state, _means(aux) | norms
+  state, norms = update(state, {'generator': grads}, recipe, averaged=True)
+  return state, means(aux) | norms
 
 
 def ar_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple[TrainState, dict]:

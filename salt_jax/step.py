@@ -40,7 +40,8 @@ def step_keys(recipe: Recipe, n: Int[Array, ''], stream: str, index: Int[Array, 
   return shared, flow.example_keys(examples, index)
 
 
-def _split(keys):
+def split_keys(keys):
+  """Two keys for each of `[b]`, as two arrays."""
   return jax.vmap(jax.random.split, out_axes=1)(keys)
 
 
@@ -89,12 +90,12 @@ def conditioning(frozen, batch, recipe: Recipe) -> tuple[Prompt, Prompt]:
   return prompt, prompt.replace(text=rows(frozen, others, recipe))
 
 
-def _model(cfg: wan.WanConfig, params, ctx: wan.Clip):
+def bound(cfg: wan.WanConfig, params, ctx: wan.Clip):
   """`(x, t, text) -> velocity` with the parameters inside."""
   return lambda x, t, text: wan.apply(params, x, t, text, ctx, cfg)[0]
 
 
-def _update(
+def update(
   state: TrainState, grads: dict, recipe: Recipe, averaged: bool
 ) -> tuple[TrainState, dict]:
   """One optimizer update of the networks in `grads`, and of the average if they have one."""
@@ -112,7 +113,8 @@ def _update(
   return state, norms
 
 
-def _means(aux: dict) -> dict:
+def means(aux: dict) -> dict:
+  """Per-clip scalars as one number each."""
   return {name: jnp.mean(value) for name, value in aux.items()}
 
 
@@ -121,7 +123,7 @@ def generator_step(
 ) -> tuple[TrainState, dict]:
   """Rolls the student out, then updates it by the losses that the config lists."""
   shared, keys = step_keys(recipe, n, 'generator', batch['index'])
-  rollout_keys, loss_keys = _split(keys)
+  rollout_keys, loss_keys = split_keys(keys)
   texts = text, _ = conditioning(frozen, batch, recipe)
   drawn = draw(recipe, shared, n)
   apply = wan.bind(recipe.model)
@@ -150,15 +152,15 @@ def generator_step(
     return total, aux
 
   grads, aux = jax.grad(loss_fn, has_aux=True)(state.params['generator'])
-  state, norms = _update(state, {'generator': grads}, recipe, averaged=True)
+  state, norms = update(state, {'generator': grads}, recipe, averaged=True)
   counts = {'steps': drawn.steps, 'exit': drawn.plan.exit}
-  return state, _means(aux) | norms | jax.tree.map(jnp.float32, counts)
+  return state, means(aux) | norms | jax.tree.map(jnp.float32, counts)
 
 
 def _dmd(state: TrainState, frozen, x0, texts, keys, recipe: Recipe):
   fns = Fns(
-    teacher=_model(recipe.teacher, frozen['teacher'], wan.Clip()),
-    critic=_model(recipe.model, state.params['critic'], wan.Clip()),
+    teacher=bound(recipe.teacher, frozen['teacher'], wan.Clip()),
+    critic=bound(recipe.model, state.params['critic'], wan.Clip()),
   )
   per_example, aux = dmd_loss(fns, x0, texts, keys, recipe.dmd)
   return per_example, True, aux
@@ -203,19 +205,19 @@ def _alignment(state: TrainState, frozen, x0, student, drawn: Draw, recipe: Reci
 def critic_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple[TrainState, dict]:
   """Rolls the student out anew and fits the critic to it."""
   shared, keys = step_keys(recipe, n, 'critic', batch['index'])
-  rollout_keys, loss_keys = _split(keys)
+  rollout_keys, loss_keys = split_keys(keys)
   text, _ = conditioning(frozen, batch, recipe)
   plan = draw(recipe, shared, n, terms=False).plan
   rolled = rollout(wan.bind(recipe.model), state.params['generator'], rollout_keys, text, plan)
 
   def loss_fn(params):
-    critic = _model(recipe.model, params, wan.Clip())
+    critic = bound(recipe.model, params, wan.Clip())
     per_example, aux = critic_loss(critic, rolled.x0, text, loss_keys, recipe.dmd)
     return per_example.mean(), aux | {'loss': per_example}
 
   grads, aux = jax.grad(loss_fn, has_aux=True)(state.params['critic'])
-  state, norms = _update(state, {'critic': grads}, recipe, averaged=False)
-  return state, _means(aux) | norms
+  state, norms = update(state, {'critic': grads}, recipe, averaged=False)
+  return state, means(aux) | norms
 
 
 def ode_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple[TrainState, dict]:
@@ -228,20 +230,20 @@ def ode_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple[Tr
   chunk = recipe.chunking.chunk
 
   def loss_fn(params):
-    model = _model(recipe.model, params, wan.Clip(chunk=chunk))
+    model = bound(recipe.model, params, wan.Clip(chunk=chunk))
     trajectory = batch['trajectory'].astype(jnp.float32)
     per_example, aux = ode_loss(model, trajectory, text, keys, sigmas, chunk=chunk)
     return per_example.mean(), aux | {'loss': per_example}
 
   grads, aux = jax.grad(loss_fn, has_aux=True)(state.params['generator'])
-  state, norms = _update(state, {'generator': grads}, recipe, averaged=True)
-  return state, _means(aux) | norms
+  state, norms = update(state, {'generator': grads}, recipe, averaged=True)
+  return state, means(aux) | norms
 
 
 def flow_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple[TrainState, dict]:
   """Flow matching of DiT and text encoder together; some prompts are dropped for guidance."""
   _, keys = step_keys(recipe, n, 'dit', batch['index'])
-  drop_keys, loss_keys = _split(keys)
+  drop_keys, loss_keys = split_keys(keys)
   drop = jax.vmap(jax.random.bernoulli, (0, None))(drop_keys, recipe.text_dropout)[:, None]
   ids = jnp.where(drop, frozen['negative']['ids'], batch['ids'])
   mask = jnp.where(drop, frozen['negative']['mask'], batch['mask'])
@@ -249,14 +251,14 @@ def flow_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple[T
   def loss_fn(params):
     rows = text_model.encode(params['text'], ids, mask, recipe.text)
     text = Prompt(rows, given_image(batch, recipe), given_frames(batch, recipe))
-    model = _model(recipe.model, params['dit'], wan.Clip())
+    model = bound(recipe.model, params['dit'], wan.Clip())
     x0 = batch['latents'].astype(jnp.float32)
     per_example, aux = flow_matching_loss(model, x0, text, loss_keys, recipe.flow_shift)
     return per_example.mean(), aux | {'loss': per_example}
 
   grads, aux = jax.grad(loss_fn, has_aux=True)(state.params)
-  state, norms = _update(state, grads, recipe, averaged=True)
-  return state, _means(aux) | norms
+  state, norms = update(state, grads, recipe, averaged=True)
+  return state, means(aux) | norms
 
 
 def vae_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple[TrainState, dict]:
@@ -272,8 +274,8 @@ def vae_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple[Tr
     return per_example.mean(), aux | {'loss': per_example}
 
   grads, aux = jax.grad(loss_fn, has_aux=True)(state.params['vae'])
-  state, norms = _update(state, {'vae': grads}, recipe, averaged=True)
-  return state, _means(aux) | norms
+  state, norms = update(state, {'vae': grads}, recipe, averaged=True)
+  return state, means(aux) | norms
 
 
 def to_unit(video):

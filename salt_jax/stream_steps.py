@@ -17,7 +17,7 @@ from salt_jax.models import vae, wan
 from salt_jax.models.prompt import Prompt
 from salt_jax.recipe import Recipe, draw
 from salt_jax.state import TrainState
-from salt_jax.step import _means, _model, _split, _update, conditioning, step_keys
+from salt_jax.step import bound, conditioning, means, split_keys, step_keys, update
 
 _STREAM = 4  # stream of keys, behind those of the steps
 
@@ -134,13 +134,13 @@ def generator_step(
 ) -> tuple[TrainState, dict]:
   """Rolls the next clip of the stream out, then updates the student by DMD on its new frames."""
   shared, keys = step_keys(recipe, n, 'generator', batch['index'])
-  rollout_keys, loss_keys = _split(keys)
+  rollout_keys, loss_keys = split_keys(keys)
   scene = _scene(state, frozen, batch, place(recipe, n, 0), recipe)
   drawn = draw(recipe, shared, n, terms=False)
   rolled = _rolled(state, scene, rollout_keys, drawn.plan, recipe)
   fns = Fns(
-    teacher=_model(recipe.teacher, frozen['teacher'], wan.Clip()),
-    critic=_model(recipe.model, state.params['critic'], wan.Clip()),
+    teacher=bound(recipe.teacher, frozen['teacher'], wan.Clip()),
+    critic=bound(recipe.model, state.params['critic'], wan.Clip()),
   )
   apply, chunk = wan.bind(recipe.model), recipe.chunking.chunk
 
@@ -154,15 +154,15 @@ def generator_step(
 
   grads, aux = jax.grad(loss_fn, has_aux=True)(state.params['generator'])
   state = _carry_on(state, scene, rolled, recipe)
-  state, norms = _update(state, {'generator': grads}, recipe, averaged=True)
+  state, norms = update(state, {'generator': grads}, recipe, averaged=True)
   counts = {'steps': drawn.steps, 'exit': drawn.plan.exit}
-  return state, _means(aux) | norms | jax.tree.map(jnp.float32, counts) | _where(scene.at)
+  return state, means(aux) | norms | jax.tree.map(jnp.float32, counts) | _where(scene.at)
 
 
 def critic_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple[TrainState, dict]:
   """Rolls the clip behind out and fits the critic to its new frames."""
   shared, keys = step_keys(recipe, n, 'critic', batch['index'])
-  rollout_keys, loss_keys = _split(keys)
+  rollout_keys, loss_keys = split_keys(keys)
   # The generator's step of the same n, if there is one, came first.
   before = jnp.where(n % recipe.generator_every == 0, 1, 0)
   scene = _scene(state, frozen, batch, place(recipe, n, before), recipe)
@@ -170,7 +170,7 @@ def critic_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple
   rolled = _rolled(state, scene, rollout_keys, plan, recipe)
 
   def loss_fn(params):
-    critic = _model(recipe.model, params, wan.Clip())
+    critic = bound(recipe.model, params, wan.Clip())
     per_example, aux = critic_loss(
       critic, rolled.x0, scene.texts[0], loss_keys, recipe.dmd, scene.mask
     )
@@ -178,5 +178,5 @@ def critic_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple
 
   grads, aux = jax.grad(loss_fn, has_aux=True)(state.params['critic'])
   state = _carry_on(state, scene, rolled, recipe)
-  state, norms = _update(state, {'critic': grads}, recipe, averaged=False)
-  return state, _means(aux) | norms | _where(scene.at)
+  state, norms = update(state, {'critic': grads}, recipe, averaged=False)
+  return state, means(aux) | norms | _where(scene.at)
