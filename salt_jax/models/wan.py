@@ -344,6 +344,9 @@ class Wan(nn.Module):
     e = project(cfg.dim, cfg, 'time_embedding_2', 0.02, jnp.float32)(jax.nn.silu(e))
     e6 = project(6 * cfg.dim, cfg, 'time_projection_1', dtype=jnp.float32)(jax.nn.silu(e))
     e6 = rearrange(e6, 'b f (six d) -> b f six d', six=6)
+    # Small and used by all: whole on every device of an example.
+    text, e = axes.split(text, axes.BATCH, None, None), axes.split(e, axes.BATCH, None, None)
+    e6 = axes.split(e6, axes.BATCH, None, None, None)
 
     x, k, v, taps = self._blocks(x, angles, e6, (text, image), ctx)
     x = Head(cfg, name='head')(x, e)
