@@ -1,0 +1,546 @@
+"""launch/gcp_tpu.sh against a stand-in for gcloud that keeps slices in a folder and runs on their workers here."""
+
+import json
+import os
+import pathlib
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+STANDIN = ROOT / 'tests' / 'standin'
+ADDRESS = 'https://example.org/lab/salt_jax.git'
+NASTY = [
+  '--config=configs/selfforcing.py:nano,method=dmd',
+  '--workdir=gs://bucket/run one',
+  '--config.data.prompt=a red "sneaker" moves left; rm -rf $HOME `id` \\ it\'s  two  blanks',
+  '--config.negative=低质量 (ugly) * ? ~ ! # & | < >\nsecond line\ttab ',
+  '--config.a=',
+  '--config.b=$(touch hacked) %USER% {1,2} [x] \'\' ""',
+]
+FLAGS = ['--config=configs/selfforcing.py:nano', '--workdir=gs://bucket/run']
+
+
+def wrapper(path, script):
+  path.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "{script}" "$@"\n')
+  path.chmod(0o755)
+
+
+@pytest.fixture(scope='module')
+def checkout(tmp_path_factory):
+  """A pushed checkout of the launcher, and a git configuration in which its public address is a folder here."""
+  base = tmp_path_factory.mktemp('code')
+  origin, tree, config = base / 'origin.git', base / 'tree', base / 'gitconfig'
+  config.write_text(
+    f'[user]\n name = n\n email = e@example.org\n[init]\n defaultBranch = main\n[safe]\n directory = *\n'
+    f'[url "file://{origin}"]\n insteadOf = {ADDRESS}\n'
+  )
+  os.environ['GIT_CONFIG_GLOBAL'] = str(config)
+  shutil.copytree(ROOT / 'launch', tree / 'launch')
+  for words in (
+    ['init', '-q', '--bare', str(origin)],
+    ['init', '-q', str(tree)],
+    ['-C', str(tree), 'add', '.'],
+    ['-C', str(tree), 'commit', '-qm', 'code'],
+    ['-C', str(tree), 'remote', 'add', 'origin', ADDRESS],
+    ['-C', str(tree), 'push', '-q', 'origin', 'HEAD:main'],
+  ):
+    subprocess.run(['git', *words], check=True)
+  yield tree
+  del os.environ['GIT_CONFIG_GLOBAL']
+
+
+class Cloud:
+  """The launcher of a checkout, and the world in which its gcloud calls end."""
+
+  def __init__(self, state, checkout):
+    self.state, self.checkout = state, checkout
+    (state / 'bin').mkdir()
+    wrapper(state / 'bin' / 'gcloud', STANDIN / 'gcloud.py')
+    for name in ('python3', 'python3.11', 'python3.12', 'python3.13', 'python3.14'):
+      wrapper(state / 'bin' / name, STANDIN / 'python.py')
+    (state / 'bin' / 'hostname').write_text('#!/bin/sh\necho "$STANDIN_HOST"\n')
+    (state / 'bin' / 'hostname').chmod(0o755)
+    self.environment = {
+      **os.environ,
+      'PATH': f'{state / "bin"}:{os.environ["PATH"]}',
+      'GCLOUD_STATE': str(state),
+      'SALT_JAX_TPU_HOME': str(state / 'notes'),
+      'SALT_JAX_TPU_WAIT': '0',
+      'CLOUDSDK_COMPUTE_ZONE': 'us-west4-a',
+      'USER': 'Ada.Lovelace',
+    }
+    self.environment.pop('CLOUDSDK_CORE_PROJECT', None)
+
+  def __call__(self, *words, code=0, stdin=None, **environment):
+    """Runs the launcher, expects its exit code, and returns what it printed."""
+    done = subprocess.run(
+      ['bash', str(self.checkout / 'launch/gcp_tpu.sh'), *words],
+      env={**self.environment, **environment},
+      input=stdin,
+      stdin=None if stdin is not None else subprocess.DEVNULL,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+      timeout=60,
+    )
+    assert done.returncode == code, done.stdout
+    return done.stdout
+
+  def set(self, name, value):
+    (self.state / f'{name}.json').write_text(json.dumps(value))
+
+  def get(self, name):
+    path = self.state / f'{name}.json'
+    return json.loads(path.read_text()) if path.exists() else {'nodes': {}, 'queued': {}}
+
+  def fail(self, command, text, times=1, code=1, skip=0):
+    self.set('faults', [dict(command=command, text=text, times=times, code=code, skip=skip)])
+
+  def calls(self, part=''):
+    path = self.state / 'calls.jsonl'
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [words for words in map(json.loads, lines) if part in ' '.join(words[2:4])]
+
+  def home(self, node='pod', worker=0):
+    return self.state / 'machines' / node / str(worker)
+
+  def ran(self, node='pod', worker=0):
+    path = self.home(node, worker) / 'argv.jsonl'
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+  def pod(self, kind='v5litepod-8'):
+    """A slice called pod, of two workers unless told otherwise, with the code on it."""
+    self('create', 'pod', f'--type={kind}')
+    self('install', 'pod')
+
+
+@pytest.fixture
+def cloud(tmp_path, checkout):
+  world = Cloud(tmp_path, checkout)
+  yield world
+  for pid in tmp_path.glob('machines/*/*/salt_jax_runs/*/pid'):
+    subprocess.run(['kill', '-9', '--', f'-{pid.read_text().strip()}'], stderr=subprocess.DEVNULL)
+
+
+def test_flags_reach_the_program_of_every_worker_exactly(cloud):
+  cloud('create', 'pod', '--type=v5litepod-8', '--spot', '--project=my-project')
+  cloud('install', 'pod', '--extras=tpu,wan', '--project=my-project')
+  note = "--env=NOTE=it's $HOME; two  blanks"
+  text = cloud(
+    'run',
+    'pod',
+    '--project=my-project',
+    note,
+    '--env=LIBTPU_INIT_ARGS=--xla_a=1 --xla_b=2',
+    '--',
+    *NASTY,
+  )
+  head = subprocess.run(
+    ['git', '-C', str(cloud.checkout), 'rev-parse', 'HEAD'], capture_output=True, text=True
+  ).stdout.strip()
+  for worker in (0, 1):
+    (record,) = cloud.ran(worker=worker)
+    assert record['argv'] == [*NASTY, '--multihost']
+    assert record['environment'] == {
+      'NOTE': "it's $HOME; two  blanks",
+      'LIBTPU_INIT_ARGS': '--xla_a=1 --xla_b=2',
+    }
+    assert (
+      pathlib.Path(record['cwd']) == (cloud.home(worker=worker) / 'salt_jax_code' / head).resolve()
+    )
+    assert pathlib.Path(record['cwd'], 'installed').read_text() == '--quiet -e .[tpu,wan]'
+    assert not list(cloud.home(worker=worker).rglob('hacked'))
+    assert 'started 1.pod' in (cloud.home(worker=worker) / 'salt_jax_runs/main/log').read_text()
+  assert 'started 1.pod.0\nended\n' in text and 'finished on all workers' in text
+  (create,) = cloud.calls('tpu-vm create')
+  assert {
+    '--spot',
+    '--version=v2-alpha-tpuv5-lite',
+    '--zone=us-west4-a',
+    '--project=my-project',
+  } < set(create)
+  assert '--labels=created-by=salt-jax,owner=ada-lovelace' in create
+  assert all('--project=my-project' in words for words in cloud.calls())
+
+
+def test_dry_run_can_be_pasted(cloud, tmp_path_factory):
+  """What --dry-run prints, pasted into a shell, does what the launcher does, and before that nothing."""
+  steps = (
+    ['create', 'pod', '--type=v6e-8'],
+    ['install', 'pod', '--ship'],
+    ['run', 'pod', '--', *NASTY],
+  )
+  printed = []
+  for words in steps:
+    text = subprocess.run(
+      ['bash', str(cloud.checkout / 'launch/gcp_tpu.sh'), words[0], '--dry-run', *words[1:]],
+      env=cloud.environment,
+      capture_output=True,
+      text=True,
+      check=True,
+    ).stdout
+    printed.append(text)
+  assert not cloud.calls() and not (cloud.state / 'notes').exists()
+  for text in printed:
+    lines = [
+      line for line in text.replace('\nsecond', '\0second').splitlines() if ' describe ' not in line
+    ]
+    for line in lines:
+      subprocess.run(
+        ['bash', '-c', line.replace('\0', '\n')],
+        env=cloud.environment,
+        check=True,
+        stdin=subprocess.DEVNULL,
+      )
+  deadline = time.monotonic() + 20
+  while not (cloud.ran() and cloud.ran(worker=1)) and time.monotonic() < deadline:
+    time.sleep(0.02)
+  assert cloud.ran()[0]['argv'] == cloud.ran(worker=1)[0]['argv'] == [*NASTY, '--multihost']
+  pasted = cloud.calls()
+  again = Cloud(tmp_path_factory.mktemp('again'), cloud.checkout)
+  for words in steps:
+    again(*words)
+
+  def acts(calls):
+    texts = [
+      shlex.join(words)
+      for words in calls
+      if words[3] in ('create', 'scp') or 'tpu_worker.sh start' in words[-1]
+    ]
+    return [text.replace(str(again.state), str(cloud.state)) for text in texts]
+
+  without_token = [
+    [words for words in text.split() if '2026' not in words and 'T' not in words]
+    for text in acts(pasted)
+  ]
+  assert without_token == [
+    [words for words in text.split() if '2026' not in words and 'T' not in words]
+    for text in acts(again.calls())
+  ]
+  for command in (
+    ['resume', 'pod', '--dry-run'],
+    ['fetch', 'pod', '--to=x', '--dry-run'],
+    ['delete', 'pod', '--dry-run'],
+  ):
+    before = len(again.calls())
+    assert 'gcloud compute tpus tpu-vm' in again(*command)
+    assert len(again.calls()) == before
+
+
+def test_no_capacity_is_asked_for_again_and_not_for_ever(cloud):
+  text = (
+    'There is no more capacity in the zone "us-west4-a"; you can try in another zone (error code 8)'
+  )
+  cloud.fail('tpu-vm create', text, times=2, code=1)
+  cloud('create', 'pod', '--type=v4-8')
+  assert len(cloud.calls('tpu-vm create')) == 3
+  cloud.fail('tpu-vm create', text, times=99)
+  said = cloud('create', 'other', '--type=v4-8', '--tries=3', code=8)
+  assert len(cloud.calls('tpu-vm create')) == 6 and 'has no capacity for v4-8 now' in said
+  assert not cloud.calls('delete')
+
+
+@pytest.mark.parametrize(
+  ('text', 'code', 'sentence'),
+  [
+    (
+      'RESOURCE_EXHAUSTED: Quota limit TPUV5sPreemptible has been exceeded. Limit: 0 in region us-west4.',
+      8,
+      'quota does not allow',
+    ),
+    ('ALREADY_EXISTS: Resource already exists', 1, 'exists already'),
+    ('PERMISSION_DENIED: Cloud TPU API has not been used in project p', 1, 'did not create'),
+  ],
+)
+def test_other_refusals_are_not_asked_again(cloud, text, code, sentence):
+  cloud.fail('tpu-vm create', text, times=9)
+  assert sentence in cloud('create', 'pod', '--type=v5litepod-8', code=code)
+  assert len(cloud.calls('tpu-vm create')) == 1
+
+
+def test_a_name_that_is_taken(cloud):
+  cloud('create', 'pod', '--type=v6e-8')
+  assert 'nothing was created' in cloud('create', 'pod', '--type=v6e-8')
+  assert 'is there already as v6e-8' in cloud('create', 'pod', '--type=v6e-16', code=1)
+  assert 'the slice of ada-lovelace, not of bob' in cloud(
+    'create', 'pod', '--type=v6e-8', '--owner=bob', code=1
+  )
+  assert len(cloud.calls('create')) == 1
+
+
+def test_queued_slices_over_two_nodes(cloud):
+  text = cloud('create', 'pods', '--type=v5p-16', '--slices=2', '--reserved')
+  assert [state in text for state in ('WAITING_FOR_RESOURCES', 'PROVISIONING')] == [True, True]
+  (create,) = cloud.calls('create')
+  assert {
+    '--node-count=2',
+    '--node-prefix=pods',
+    '--runtime-version=v2-alpha-tpuv5',
+    '--reserved',
+  } < set(create)
+  cloud('install', 'pods')
+  cloud('run', 'pods', '--run=long', '--', *FLAGS, '--multihost')
+  for node in ('pods-0', 'pods-1'):
+    for worker in (0, 1):
+      (record,) = cloud.ran(node, worker)
+      assert record['argv'] == [*FLAGS, '--multihost']
+  assert 'run long: exit 0' in cloud('status', 'pods')
+  cloud('delete', 'pods', '--yes')
+  assert cloud.get('world') == {'nodes': {}, 'queued': {}}
+
+
+def test_a_queue_that_does_not_move_and_one_that_fails(cloud):
+  cloud.set('queue', ['WAITING_FOR_RESOURCES'])
+  text = cloud('create', 'pod', '--type=v6e-8', '--queued', '--minutes=2')
+  assert 'WAITING_FOR_RESOURCES still' in text and len(cloud.calls('describe')) <= 14
+  assert 'cannot be used now' in cloud('install', 'pod', code=1)
+  cloud.set('queue', ['ACCEPTED', 'FAILED'])
+  assert 'FAILED, it did not come to be' in cloud(
+    'create', 'bad', '--type=v6e-8', '--queued', code=1
+  )
+  assert not cloud.calls('delete') and set(cloud.get('world')['queued']) == {'pod', 'bad'}
+
+
+def test_refused_connections_start_one_run(cloud):
+  cloud.pod()
+  cloud.fail('tpu-vm ssh', '[/usr/bin/ssh] exited with return code [255].', code=255)
+  cloud.set('unheard', [1])
+  text = cloud('run', 'pod', '--', *FLAGS)
+  assert text.count('could not be reached') == 2 and 'started already' in text
+  assert [len(cloud.ran(worker=worker)) for worker in (0, 1)] == [1, 1]
+  cloud.fail('tpu-vm ssh', '[/usr/bin/ssh] exited with return code [255].', code=255, times=99)
+  assert 'did not start on all workers' in cloud('run', 'pod', '--tries=3', '--', *FLAGS, code=1)
+  assert len(cloud.ran()) == 1
+
+
+def test_a_dropped_log_goes_on_where_it_was(cloud):
+  cloud.pod('v4-8')
+  cloud.set('program', {'1.pod.0': {'until': 'cut'}})
+  cloud.set('cut', ['drop'])
+  text = cloud('run', 'pod', '--', *FLAGS)
+  assert 'connection dropped; going on behind byte 16' in text
+  assert text.count('started 1.pod.0') == 1 and text.count('ended') == 1
+
+
+@pytest.mark.parametrize('queued', [[], ['--queued']])
+def test_a_preempted_run_is_resumed_by_hand(cloud, queued):
+  cloud('create', 'pod', '--type=v5litepod-8', '--spot', *queued)
+  cloud('install', 'pod')
+  cloud.set('program', {f'1.pod.{worker}': {'until': 'never'} for worker in (0, 1)})
+  cloud.set('cut', ['preempted'])
+  text = cloud('run', 'pod', '--', *NASTY, code=75)
+  assert 'was taken away' in text and 'resume pod' in text
+  assert not cloud.calls('delete')
+  assert 'cannot be used now' in cloud('run', 'pod', '--', *FLAGS, code=1)
+  assert 'finished on all workers' in cloud('resume', 'pod')
+  assert [record['argv'] for record in cloud.ran(worker=1)] == [[*NASTY, '--multihost']]
+  first, second = cloud.calls('create')
+  assert first == second and len(cloud.calls('delete')) == 1
+
+
+def test_keep_going_makes_the_slice_again(cloud):
+  cloud.pod()
+  cloud.set('program', {f'1.pod.{worker}': {'until': 'never'} for worker in (0, 1)})
+  cloud.set('cut', ['preempted'])
+  cloud('run', 'pod', '--keep-going', '--', *NASTY)
+  assert [record['key'] for record in cloud.ran()] == ['2.pod.0']
+  assert cloud.ran()[0]['argv'] == [*NASTY, '--multihost']
+  assert len(cloud.calls('create')) == 2 and len(cloud.calls('delete')) == 1
+
+
+def test_keep_going_ends_at_its_number(cloud):
+  cloud.pod('v4-8')
+  cloud.set('program', {f'{life}.pod.0': {'until': 'never'} for life in (1, 2, 3)})
+  cloud.set('cut', ['preempted', 'preempted', 'preempted'])
+  assert 'to go on from the newest' in cloud('run', 'pod', '--keep-going=1', '--', *FLAGS, code=75)
+  assert len(cloud.calls('create')) == 2
+
+
+def test_resume_deletes_no_slice_of_others(cloud):
+  cloud.pod('v4-8')
+  cloud.set('program', {'1.pod.0': {'until': 'never'}})
+  cloud.set('cut', ['preempted'])
+  cloud('run', 'pod', '--', *FLAGS, code=75)
+  world = cloud.get('world')
+  world['nodes']['pod']['labels'] = {}
+  cloud.set('world', world)
+  assert 'lacks the label' in cloud('resume', 'pod', code=1)
+  assert not cloud.calls('delete')
+
+
+def test_the_worker_that_failed_is_named(cloud):
+  cloud.pod()
+  cloud.set('program', {'1.pod.0': {'code': 69}, '1.pod.1': {'code': 3}})
+  text = cloud('run', 'pod', '--keep-going', '--', *FLAGS, code=3)
+  assert 'pod, worker 1: exit code 3' in text and 'pod, worker 0: exit code 69' in text
+  assert len(cloud.ran()) == 1 and not cloud.calls('delete')
+
+
+def test_a_run_told_to_leave_goes_on_in_the_same_slice(cloud):
+  cloud.pod()
+  cloud.set('program', {'1.pod.0': {'until': 'never'}, '1.pod.1': {'until': 'never'}})
+  cloud('run', 'pod', '--no-follow', '--', *FLAGS)
+  assert 'run main: running' in cloud('status', 'pod')
+  assert 'is still running here' in cloud('run', 'pod', '--no-follow', '--', *FLAGS, code=1)
+  cloud('stop', 'pod')
+  text = cloud('logs', 'pod', code=75)
+  assert 'saved' in text and 'the slice is there' in text
+  assert 'run main: exit 75' in cloud('status', 'pod')
+  cloud.set('program', {})
+  cloud('resume', 'pod')
+  assert [len(cloud.ran(worker=worker)) for worker in (0, 1)] == [2, 2]
+  assert not cloud.calls('delete') and len(cloud.calls('create')) == 1
+  text = cloud('logs', 'pod', '--no-follow', '--lines=1')
+  assert '[worker 0] ended' in text and '[worker 1] ended' in text
+  assert list((cloud.home() / 'salt_jax_runs/main').glob('log.*'))
+
+
+def test_delete_only_what_is_ours(cloud):
+  cloud('create', 'pod', '--type=v6e-8')
+  world = cloud.get('world')
+  world['nodes']['hers'] = {
+    **world['nodes']['pod'],
+    'labels': {'created-by': 'salt-jax', 'owner': 'eve'},
+  }
+  world['nodes']['hand'] = {**world['nodes']['pod'], 'labels': {'owner': 'ada-lovelace'}}
+  cloud.set('world', world)
+  assert 'not made by this script' in cloud('delete', 'hand', '--yes', code=1)
+  assert 'the slice of eve' in cloud('delete', 'hers', '--yes', code=1)
+  assert 'there is no slice none' in cloud('delete', 'none', '--yes', code=1)
+  assert 'nothing was deleted' in cloud('delete', 'pod', stdin='yes\n', code=2)
+  assert 'nothing was deleted' in cloud('delete', 'pod', code=2)
+  assert not cloud.calls('delete')
+  cloud.fail('tpu-vm delete', 'INTERNAL: try again')
+  cloud('delete', 'pod', stdin='pod\n')
+  assert set(cloud.get('world')['nodes']) == {'hers', 'hand'}
+
+
+def test_no_answer_is_not_taken_for_no_slice(cloud):
+  cloud.pod('v4-8')
+  cloud('run', 'pod', '--', *FLAGS)
+  cloud.fail(
+    'tpu-vm describe',
+    "PERMISSION_DENIED: Permission 'tpu.nodes.get' denied (or it may not exist).",
+    times=99,
+  )
+  before = len(cloud.calls('create'))
+  for words in (['resume', 'pod'], ['create', 'pod', '--type=v6e-8'], ['delete', 'pod', '--yes']):
+    assert 'gcloud could not say' in cloud(*words, '--tries=2', code=1)
+  assert len(cloud.calls('create')) == before and not cloud.calls('delete')
+
+
+@pytest.mark.parametrize(
+  ('words', 'sentence'),
+  [
+    (['create', 'Pod', '--type=v4-8'], 'the name Pod is not'),
+    (['create', 'pod;id', '--type=v4-8'], "the name 'pod;id' is not"),
+    (['create', 'pod', '--type=v4-8', '--zone=us;id'], '--zone'),
+    (['create', 'pod', '--type=v4-8', '--zone=us-central2'], 'a zone such as'),
+    (['create', 'pod', '--type=v4-8 --spot'], 'is not a slice such as'),
+    (['create', 'pod', '--type=v5e-16'], 'is called v5litepod-16'),
+    (['create', 'pod', '--type=tpu7x-16'], 'launch/GKE.md'),
+    (['create', 'pod', '--type=h100'], 'is not a TPU slice'),
+    (['create', 'pod'], 'is not a TPU slice'),
+    (['create', 'pod', '--type=v4-8', '--project=$(id)'], '--project'),
+    (['create', 'pod', '--type=v4-8', '--yes'], 'create has no option --yes'),
+    (['create', 'pod', '--type=v4-8', '--network=a b'], 'is not a network'),
+    (['create', 'pod', 'pod2', '--type=v4-8'], 'one name too many'),
+    (['create', 'pod', '--type=v4-8', '--slices=0'], '--slices 0'),
+    (['create', 'pod', '--type=v4-8', '--', '--labels=a=b'], 'only `run` takes flags'),
+    (['install', 'pod', '--repo=https://me:secret@example.org/x.git'], 'without user or token'),
+    (['install', 'pod', '--commit=HEAD'], 'a whole commit hash'),
+    (['install', 'pod', '--extras=tpu;id'], '--extras'),
+    (['run', 'pod'], 'say what to run'),
+    (['run', 'pod', '--', '--workdir=gs://b/r'], 'say what to run'),
+    (['run', 'pod', '--', '--config=c.py', '--workdir=runs/x'], 'is lost with the slice'),
+    (['run', 'pod', '--', '--config=c.py'], 'is lost with the slice'),
+    (['run', 'pod', '--run=../x', '--', *FLAGS], '--run ../x'),
+    (['run', 'pod', '--env=HF_TOKEN=abc', '--', *FLAGS], 'looks like a secret'),
+    (['run', 'pod', '--', *FLAGS, '--config.x=hf_' + 'a' * 30], 'looks like a secret'),
+    (['run', 'pod', '--keep-going=often', '--', *FLAGS], '--keep-going often'),
+    (['logs', 'pod', '--worker=-1'], '--worker -1'),
+    (['fetch', 'pod'], '--to=DIR'),
+    (['remove', 'pod'], 'there is no command remove'),
+  ],
+)
+def test_bad_arguments_end_in_a_sentence_before_any_call(cloud, words, sentence):
+  text = cloud(*words, code=2)
+  assert sentence in text and text.count('gcp_tpu:') == 1
+  assert 'secret@' not in text and 'hf_a' not in text
+  assert not cloud.calls()
+
+
+def test_where_the_code_may_come_from(cloud, tmp_path_factory):
+  tree = tmp_path_factory.mktemp('clone') / 'tree'
+  shutil.copytree(cloud.checkout, tree, symlinks=True)
+  git = ['git', '-C', str(tree)]
+  cloud.checkout = tree
+  (tree / 'new.txt').write_text('not committed')
+  assert 'uncommitted changes' in cloud('install', 'pod', code=2)
+  subprocess.run([*git, 'add', '.'], check=True)
+  subprocess.run([*git, 'commit', '-qm', 'more'], check=True)
+  assert 'was not pushed' in cloud('install', 'pod', code=2)
+  subprocess.run(
+    [*git, 'remote', 'set-url', 'origin', 'https://me:token@example.org/x.git'], check=True
+  )
+  text = cloud('install', 'pod', code=2)
+  assert 'without user or token' in text and 'me:token' not in text
+  subprocess.run([*git, 'remote', 'remove', 'origin'], check=True)
+  assert 'no remote called origin' in cloud('install', 'pod', code=2)
+  assert not cloud.calls()
+  cloud('create', 'pod', '--type=v6e-8')
+  (tree / 'new.txt').write_text('changed since')
+  assert 'uncommitted changes are not sent' in cloud('install', 'pod', '--ship')
+  for worker in (0, 1):
+    code = cloud.home(worker=worker) / 'salt_jax_code'
+    assert (code / 'current/new.txt').read_text() == 'not committed'
+    assert len(list(code.iterdir())) == 2
+
+
+def test_an_old_python_gets_a_new_one_without_root(cloud):
+  cloud('create', 'pod', '--type=v4-8')
+  cloud('install', 'pod', STANDIN_OLD='yes')
+  assert (cloud.home() / 'uv').exists()
+  assert (cloud.home() / 'salt_jax_code/current/.venv/ready').exists()
+  assert 'installed already' in cloud('install', 'pod')
+
+
+def test_a_failed_installation_is_named_and_not_tried_again(cloud):
+  cloud('create', 'pod', '--type=v6e-8')
+  (cloud.home(worker=1) / 'salt_jax_code').write_text('in the way')
+  text = cloud('install', 'pod', code=1)
+  assert 'pod, worker 1 failed with exit code 1' in text and len(cloud.calls('ssh')) == 1
+  assert 'the code is not there yet' in cloud('run', 'pod', '--', *FLAGS, code=1)
+
+
+def test_results_are_fetched(cloud, tmp_path):
+  cloud.pod()
+  cloud('run', 'pod', '--', *FLAGS)
+  (cloud.state / 'buckets/bucket/run').mkdir(parents=True)
+  (cloud.state / 'buckets/bucket/run/report.md').write_text('report')
+  cloud('fetch', 'pod', f'--to={tmp_path / "results of today"}')
+  assert (tmp_path / 'results of today/workdir/report.md').read_text() == 'report'
+  for worker in (0, 1):
+    assert (
+      f'started 1.pod.{worker}' in (tmp_path / f'results of today/pod.{worker}.log').read_text()
+    )
+  assert 'pod' in cloud('list').split()
+
+
+def test_scripts_are_clean():
+  shellcheck = pathlib.Path(sys.executable).with_name('shellcheck')
+  scripts = [*sorted(ROOT.glob('launch/*.sh')), ROOT / '.ci/run']
+  assert len(scripts) >= 5
+  subprocess.run([shellcheck, *scripts], check=True)
+  # The parts share variables, and say so; as one script they need no such leave.
+  parts = [ROOT / 'launch/gcp_tpu.sh', *sorted(ROOT.glob('launch/gcp_tpu/*.sh'))]
+  lines = [line for part in parts for line in part.read_text().splitlines()]
+  whole = '\n'.join(
+    line for line in lines if '# shellcheck' not in line and not line.startswith('. ')
+  )
+  subprocess.run([shellcheck, '-s', 'bash', '-'], input=whole, text=True, check=True)
