@@ -510,11 +510,16 @@ def test_an_old_python_gets_a_new_one_without_root(cloud):
   assert 'installed already' in cloud('install', 'pod')
 
 
-def test_a_failed_installation_is_named_and_not_tried_again(cloud):
-  cloud('create', 'pod', '--type=v6e-8')
-  (cloud.home(worker=1) / 'salt_jax_code').write_text('in the way')
+@pytest.mark.parametrize(('kind', 'worker'), [('v6e-8', 1), ('v6e-4', 0)])
+def test_a_failed_installation_is_named_and_not_tried_again(cloud, kind, worker):
+  cloud('create', 'pod', f'--type={kind}')
+  assert 'no code is installed there' in cloud('status', 'pod')
+  (cloud.home(worker=worker) / 'salt_jax_code').write_text('in the way')
   text = cloud('install', 'pod', code=1)
-  assert 'pod, worker 1 failed with exit code 1' in text and len(cloud.calls('ssh')) == 1
+  assert (
+    text.count(f'pod, worker {worker} failed with exit code 1') == 1
+    and len(cloud.calls('ssh')) == 2
+  )
   assert 'the code is not there yet' in cloud('run', 'pod', '--', *FLAGS, code=1)
 
 

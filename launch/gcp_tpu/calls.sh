@@ -147,12 +147,13 @@ judge() {
 
 # A command on every worker of a node. What did not arrive is tried again, so each command can bear to run twice.
 on_workers() {
-  local node=$1 try failed='^\[worker [^]]*\] failed|^##### Command execution on worker'
+  local node=$1 try code failed='^\[worker [^]]*\] failed|^##### Command execution on worker|terminal state'
   for ((try = 1; try <= tries; try++)); do
-    if act compute tpus tpu-vm ssh "$node" "${where[@]}" "${reach[@]}" "--worker=$workers" "--command=$2"; then
-      return 0
-    fi
-    if grep -qE "$failed" <<< "$said" && ! grep -q 'exit status 255' <<< "$said"; then
+    code=0
+    act compute tpus tpu-vm ssh "$node" "${where[@]}" "${reach[@]}" "--worker=$workers" "--command=$2" || code=$?
+    [[ $code -ne 0 ]] || return 0
+    # ssh ends with 255 and gcloud with 1 where they fail themselves.
+    if [[ $code -ne 1 && $code -ne 255 ]] || grep -qE "$failed" <<< "$said"; then
       break
     fi
     say "$node: a worker could not be reached (try $try of $tries)."

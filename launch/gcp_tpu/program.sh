@@ -38,8 +38,9 @@ install() {
       say "the code could not be sent to all workers of $node (above)."
       return 1
     fi
-    if ! on_workers "$node" "test -d $place || { mkdir -p salt_jax_code && rm -rf $place.part && $bring && mv $place.part $place; } && \
-bash $place/launch/tpu_worker.sh install $extras"; then
+    if ! on_workers "$node" "{ test -d $place || { mkdir -p salt_jax_code && rm -rf $place.part && $bring && mv $place.part $place; } && \
+bash $place/launch/tpu_worker.sh install $extras; } || { code=\$?; name=\$(hostname); \
+echo \"[worker \${name##*-w-}] failed with exit code \$code\"; exit \$code; }"; then
       say "the code was not installed on all workers of $node (above)."
       return 1
     fi
@@ -168,8 +169,8 @@ blame() {
   local node worker end code first=''
   while read -r node worker end code; do
     case $end$code in
-      running | exit0) continue ;;
-      exit69 | exit75 | exit143) ;;
+      exit0) continue ;;
+      running | exit69 | exit75 | exit143) ;;
       *) first=${first:-${code:-1}} ;;
     esac
     say "$node, worker $worker: ${end/exit/exit code}${code:+ $code}"
