@@ -5,6 +5,7 @@ import os
 import pathlib
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -28,6 +29,12 @@ FLAGS = ['--config=configs/selfforcing.py:nano', '--workdir=gs://bucket/run']
 def wrapper(path, script):
   path.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "{script}" "$@"\n')
   path.chmod(0o755)
+
+
+def wait_for(ready):
+  deadline = time.monotonic() + 20
+  while not ready() and time.monotonic() < deadline:
+    time.sleep(0.02)
 
 
 @pytest.fixture(scope='module')
@@ -197,9 +204,7 @@ def test_dry_run_can_be_pasted(cloud, tmp_path_factory):
         check=True,
         stdin=subprocess.DEVNULL,
       )
-  deadline = time.monotonic() + 20
-  while not (cloud.ran() and cloud.ran(worker=1)) and time.monotonic() < deadline:
-    time.sleep(0.02)
+  wait_for(lambda: cloud.ran() and cloud.ran(worker=1))
   assert cloud.ran()[0]['argv'] == cloud.ran(worker=1)[0]['argv'] == [*NASTY, '--multihost']
   pasted = cloud.calls()
   again = Cloud(tmp_path_factory.mktemp('again'), cloud.checkout)
@@ -398,6 +403,19 @@ def test_a_run_told_to_leave_goes_on_in_the_same_slice(cloud):
   text = cloud('logs', 'pod', '--no-follow', '--lines=1')
   assert '[worker 0] ended' in text and '[worker 1] ended' in text
   assert list((cloud.home() / 'salt_jax_runs/main').glob('log.*'))
+
+
+def test_a_machine_that_goes_down_and_one_that_is_cut_off(cloud):
+  cloud.pod('v4-8')
+  cloud.set('program', {'1.pod.0': {'until': 'never'}})
+  place = cloud.home() / 'salt_jax_runs/main'
+  for number, end in ((signal.SIGTERM, 'exit 75'), (signal.SIGKILL, 'lost')):
+    cloud('run', 'pod', '--no-follow', '--', *FLAGS)
+    wait_for(lambda: 'started' in (place / 'log').read_text())
+    os.killpg(int((place / 'pid').read_text()), number)
+    text = cloud('logs', 'pod', code=75)
+    assert ('saved' in text) == (number == signal.SIGTERM)
+    assert f'run main: {end}' in cloud('status', 'pod')
 
 
 def test_delete_only_what_is_ours(cloud):
