@@ -80,7 +80,15 @@ read_option() {
     *) die "$command has no option --$key; see launch/gcp_tpu.sh --help." 2 ;;
   esac
   case $key in
-    spot | reserved) tier=--$key ;;
+    spot | reserved | queued | ship | no-follow | yes | dry-run | internal-ip | internal-ips)
+      [[ $1 == "--$key" ]] || die "--$key takes no value." 2
+      ;;
+  esac
+  case $key in
+    spot | reserved)
+      [[ -z $tier || $tier == "--$key" ]] || die '--spot and --reserved are two ways to pay: give one.' 2
+      tier=--$key
+      ;;
     queued) queued=yes ;;
     ship) ship=yes ;;
     no-follow) follow='' ;;
@@ -237,7 +245,7 @@ fetch() {
     act storage rsync "$workdir" "$to/workdir" --recursive || die 'the workdir could not be copied (above).'
   fi
   examine
-  [[ $health == ready ]] || die "$because: its workers cannot be read; what was followed of the log is in $record/$run.log."
+  [[ $health == ready ]] || die "$because: its workers cannot be read; what was followed of the log is in $record/log.$run."
   for node in "${nodes[@]}"; do fetch_logs "$node"; done
   if [[ $workdir != gs://* ]]; then
     act compute tpus tpu-vm scp "${nodes[0]}:$workdir" "$to/workdir" "${where[@]}" "${reach[@]}" --recurse --worker=0 \

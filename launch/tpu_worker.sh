@@ -74,7 +74,7 @@ state() {
 }
 
 start() {
-  local run=$1 token=$2 place=$runs/$1
+  local run=$1 token=$2 place=$runs/$1 other
   shift 2
   # A dropped connection must not stop half of this, and the second try must not start a second run.
   trap '' HUP
@@ -83,10 +83,12 @@ start() {
     say "run $run: started already"
     return
   fi
-  if [[ $(state "$run") == running ]]; then
-    say "run $run is still running here: follow it with logs, or stop it before it is started again"
-    return 3
-  fi
+  for other in "$runs"/*/; do
+    if [[ $(state "$(basename "$other")") == running ]]; then
+      say "run $(basename "$other") is still running here, and a TPU serves one: follow it with logs, or stop it first"
+      return 3
+    fi
+  done
   if [[ -e $place/log ]]; then
     mv "$place/log" "$place/log.$(cat "$place/token")"
   fi

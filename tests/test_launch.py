@@ -366,6 +366,14 @@ def test_keep_going_ends_at_its_number(cloud):
   assert len(cloud.calls('create')) == 2
 
 
+def test_code_that_is_not_there_any_more_is_asked_for(cloud):
+  cloud.pod('v4-8')
+  cloud('delete', 'pod', '--yes')
+  cloud('create', 'pod', '--type=v4-8')
+  text = cloud('run', 'pod', '--', *FLAGS, code=1)
+  assert '`install` brings it' in text and len(cloud.calls('ssh')) == 2
+
+
 def test_resume_deletes_no_slice_of_others(cloud):
   cloud.pod('v4-8')
   cloud.set('program', {'1.pod.0': {'until': 'never'}})
@@ -391,7 +399,9 @@ def test_a_run_told_to_leave_goes_on_in_the_same_slice(cloud):
   cloud.set('program', {'1.pod.0': {'until': 'never'}, '1.pod.1': {'until': 'never'}})
   cloud('run', 'pod', '--no-follow', '--', *FLAGS)
   assert 'run main: running' in cloud('status', 'pod')
-  assert 'is still running here' in cloud('run', 'pod', '--no-follow', '--', *FLAGS, code=1)
+  for name in ('main', 'other'):
+    text = cloud('run', 'pod', f'--run={name}', '--no-follow', '--', *FLAGS, code=1)
+    assert 'run main is still running here' in text
   cloud('stop', 'pod')
   text = cloud('logs', 'pod', code=75)
   assert 'saved' in text and 'the slice is there' in text
@@ -468,6 +478,9 @@ def test_no_answer_is_not_taken_for_no_slice(cloud):
     (['create', 'pod', '--type=v4-8', '--yes'], 'create has no option --yes'),
     (['create', 'pod', '--type=v4-8', '--network=a b'], 'is not a network'),
     (['create', 'pod', 'pod2', '--type=v4-8'], 'one name too many'),
+    (['create', 'pod', '--type=v4-8', '--spot', '--reserved'], 'give one'),
+    (['create', 'pod', '--type=v4-8', '--spot=no'], '--spot takes no value'),
+    (['create', 'pod', '--type'], '--type needs a value'),
     (['create', 'pod', '--type=v4-8', '--slices=0'], '--slices 0'),
     (['create', 'pod', '--type=v4-8', '--', '--labels=a=b'], 'only `run` takes flags'),
     (['install', 'pod', '--repo=https://me:secret@example.org/x.git'], 'without user or token'),

@@ -204,7 +204,7 @@ follow_log() {
   while :; do
     if gcloud compute tpus tpu-vm ssh "$node" "${where[@]}" "${reach[@]}" "--worker=$worker" "--command=$(quote bash \
       salt_jax_code/current/launch/tpu_worker.sh follow "$run" "$before")" < /dev/null 2> "$tmp/error" \
-      | tee -a "$tmp/stream" "$record/$run.log"; then
+      | tee -a "$tmp/stream" "$record/log.$run"; then
       return 0
     fi
     examine

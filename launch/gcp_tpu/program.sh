@@ -45,6 +45,7 @@ echo \"[worker \${name##*-w-}] failed with exit code \$code\"; exit \$code; }"; 
       return 1
     fi
   done
+  rm -f "$record/$pack"
   note install "$commit" "$repo" "$ship" "$extras"
 }
 
@@ -84,6 +85,7 @@ begin() {
   for node in "${nodes[@]}"; do
     if ! on_workers "$node" "$(quote bash "salt_jax_code/$commit/launch/tpu_worker.sh" start "$run" "$token" "${flags[@]}")"; then
       say "run $run did not start on all workers of $node (above); where it started, \`stop\` ends it."
+      [[ $said != *'tpu_worker.sh: No such file'* ]] || say "the code is not there: \`install\` brings it."
       return 1
     fi
   done
@@ -175,6 +177,6 @@ blame() {
     esac
     say "$node, worker $worker: ${end/exit/exit code}${code:+ $code}"
   done < <(grep . <<< "$states")
-  say "run $run failed; its log is in $record/$run.log, the others' in \`logs --no-follow\`. Nothing was deleted."
+  say "run $run failed; its log is in $record/log.$run, the others' in \`logs --no-follow\`. Nothing was deleted."
   exit "$first"
 }
