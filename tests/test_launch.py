@@ -1,137 +1,25 @@
-"""launch/gcp_tpu.sh against a stand-in for gcloud that keeps slices in a folder and runs on their workers here."""
+"""launch/gcp_tpu.sh against a stand-in for gcloud: what it refuses, the slice, the code, what reaches the program."""
 
-import json
-import os
 import pathlib
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
-STANDIN = ROOT / 'tests' / 'standin'
-ADDRESS = 'https://example.org/lab/salt_jax.git'
-NASTY = [
-  '--config=configs/selfforcing.py:nano,method=dmd',
-  '--workdir=gs://bucket/run one',
-  '--config.data.prompt=a red "sneaker" moves left; rm -rf $HOME `id` \\ it\'s  two  blanks',
-  '--config.negative=低质量 (ugly) * ? ~ ! # & | < >\nsecond line\ttab ',
-  '--config.a=',
-  '--config.b=$(touch hacked) %USER% {1,2} [x] \'\' ""',
-]
-FLAGS = ['--config=configs/selfforcing.py:nano', '--workdir=gs://bucket/run']
-
-
-def wrapper(path, script):
-  path.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "{script}" "$@"\n')
-  path.chmod(0o755)
-
-
-def wait_for(ready):
-  deadline = time.monotonic() + 20
-  while not ready() and time.monotonic() < deadline:
-    time.sleep(0.02)
+from tests import clouds
+from tests.clouds import FLAGS, NASTY, ROOT, Cloud, wait_for
 
 
 @pytest.fixture(scope='module')
 def checkout(tmp_path_factory):
-  """A pushed checkout of the launcher, and a git configuration in which its public address is a folder here."""
-  base = tmp_path_factory.mktemp('code')
-  origin, tree, config = base / 'origin.git', base / 'tree', base / 'gitconfig'
-  config.write_text(
-    f'[user]\n name = n\n email = e@example.org\n[init]\n defaultBranch = main\n[safe]\n directory = *\n'
-    f'[url "file://{origin}"]\n insteadOf = {ADDRESS}\n'
-  )
-  os.environ['GIT_CONFIG_GLOBAL'] = str(config)
-  shutil.copytree(ROOT / 'launch', tree / 'launch')
-  for words in (
-    ['init', '-q', '--bare', str(origin)],
-    ['init', '-q', str(tree)],
-    ['-C', str(tree), 'add', '.'],
-    ['-C', str(tree), 'commit', '-qm', 'code'],
-    ['-C', str(tree), 'remote', 'add', 'origin', ADDRESS],
-    ['-C', str(tree), 'push', '-q', 'origin', 'HEAD:main'],
-  ):
-    subprocess.run(['git', *words], check=True)
-  yield tree
-  del os.environ['GIT_CONFIG_GLOBAL']
-
-
-class Cloud:
-  """The launcher of a checkout, and the world in which its gcloud calls end."""
-
-  def __init__(self, state, checkout):
-    self.state, self.checkout = state, checkout
-    (state / 'bin').mkdir()
-    wrapper(state / 'bin' / 'gcloud', STANDIN / 'gcloud.py')
-    for name in ('python3', 'python3.11', 'python3.12', 'python3.13', 'python3.14'):
-      wrapper(state / 'bin' / name, STANDIN / 'python.py')
-    (state / 'bin' / 'hostname').write_text('#!/bin/sh\necho "$STANDIN_HOST"\n')
-    (state / 'bin' / 'hostname').chmod(0o755)
-    self.environment = {
-      **os.environ,
-      'PATH': f'{state / "bin"}:{os.environ["PATH"]}',
-      'GCLOUD_STATE': str(state),
-      'SALT_JAX_TPU_HOME': str(state / 'notes'),
-      'SALT_JAX_TPU_WAIT': '0',
-      'CLOUDSDK_COMPUTE_ZONE': 'us-west4-a',
-      'USER': 'Ada.Lovelace',
-    }
-    self.environment.pop('CLOUDSDK_CORE_PROJECT', None)
-
-  def __call__(self, *words, code=0, stdin=None, **environment):
-    """Runs the launcher, expects its exit code, and returns what it printed."""
-    done = subprocess.run(
-      ['bash', str(self.checkout / 'launch/gcp_tpu.sh'), *words],
-      env={**self.environment, **environment},
-      input=stdin,
-      stdin=None if stdin is not None else subprocess.DEVNULL,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-      timeout=60,
-    )
-    assert done.returncode == code, done.stdout
-    return done.stdout
-
-  def set(self, name, value):
-    (self.state / f'{name}.json').write_text(json.dumps(value))
-
-  def get(self, name):
-    path = self.state / f'{name}.json'
-    return json.loads(path.read_text()) if path.exists() else {'nodes': {}, 'queued': {}}
-
-  def fail(self, command, text, times=1, code=1, skip=0):
-    self.set('faults', [dict(command=command, text=text, times=times, code=code, skip=skip)])
-
-  def calls(self, part=''):
-    path = self.state / 'calls.jsonl'
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [words for words in map(json.loads, lines) if part in ' '.join(words[2:4])]
-
-  def home(self, node='pod', worker=0):
-    return self.state / 'machines' / node / str(worker)
-
-  def ran(self, node='pod', worker=0):
-    path = self.home(node, worker) / 'argv.jsonl'
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-  def pod(self, kind='v5litepod-8'):
-    """A slice called pod, of two workers unless told otherwise, with the code on it."""
-    self('create', 'pod', f'--type={kind}')
-    self('install', 'pod')
+  yield from clouds.make_checkout(tmp_path_factory)
 
 
 @pytest.fixture
 def cloud(tmp_path, checkout):
-  world = Cloud(tmp_path, checkout)
-  yield world
-  for pid in tmp_path.glob('machines/*/*/salt_jax_runs/*/pid'):
-    subprocess.run(['kill', '-9', '--', f'-{pid.read_text().strip()}'], stderr=subprocess.DEVNULL)
+  yield from clouds.make_cloud(tmp_path, checkout)
 
 
 def test_flags_reach_the_program_of_every_worker_exactly(cloud):
@@ -278,27 +166,6 @@ def test_a_name_that_is_taken(cloud):
   assert len(cloud.calls('create')) == 1
 
 
-def test_queued_slices_over_two_nodes(cloud):
-  text = cloud('create', 'pods', '--type=v5p-16', '--slices=2', '--reserved')
-  assert [state in text for state in ('WAITING_FOR_RESOURCES', 'PROVISIONING')] == [True, True]
-  (create,) = cloud.calls('create')
-  assert {
-    '--node-count=2',
-    '--node-prefix=pods',
-    '--runtime-version=v2-alpha-tpuv5',
-    '--reserved',
-  } < set(create)
-  cloud('install', 'pods')
-  cloud('run', 'pods', '--run=long', '--', *FLAGS, '--multihost')
-  for node in ('pods-0', 'pods-1'):
-    for worker in (0, 1):
-      (record,) = cloud.ran(node, worker)
-      assert record['argv'] == [*FLAGS, '--multihost']
-  assert 'run long: exit 0' in cloud('status', 'pods')
-  cloud('delete', 'pods', '--yes')
-  assert cloud.get('world') == {'nodes': {}, 'queued': {}}
-
-
 def test_a_queue_that_does_not_move_and_one_that_fails(cloud):
   cloud.set('queue', ['WAITING_FOR_RESOURCES'])
   text = cloud('create', 'pod', '--type=v6e-8', '--queued', '--minutes=2')
@@ -309,123 +176,6 @@ def test_a_queue_that_does_not_move_and_one_that_fails(cloud):
     'create', 'bad', '--type=v6e-8', '--queued', code=1
   )
   assert not cloud.calls('delete') and set(cloud.get('world')['queued']) == {'pod', 'bad'}
-
-
-def test_refused_connections_start_one_run(cloud):
-  cloud.pod()
-  cloud.fail('tpu-vm ssh', '[/usr/bin/ssh] exited with return code [255].', code=255)
-  cloud.set('unheard', [1])
-  text = cloud('run', 'pod', '--', *FLAGS)
-  assert text.count('could not be reached') == 2 and 'started already' in text
-  assert [len(cloud.ran(worker=worker)) for worker in (0, 1)] == [1, 1]
-  cloud.fail('tpu-vm ssh', '[/usr/bin/ssh] exited with return code [255].', code=255, times=99)
-  assert 'did not start on all workers' in cloud('run', 'pod', '--tries=3', '--', *FLAGS, code=1)
-  assert len(cloud.ran()) == 1
-
-
-def test_a_dropped_log_goes_on_where_it_was(cloud):
-  cloud.pod('v4-8')
-  cloud.set('program', {'1.pod.0': {'until': 'cut'}})
-  cloud.set('cut', ['drop'])
-  text = cloud('run', 'pod', '--', *FLAGS)
-  assert 'connection dropped; going on behind byte 16' in text
-  assert text.count('started 1.pod.0') == 1 and text.count('ended') == 1
-
-
-@pytest.mark.parametrize('queued', [[], ['--queued']])
-def test_a_preempted_run_is_resumed_by_hand(cloud, queued):
-  cloud('create', 'pod', '--type=v5litepod-8', '--spot', *queued)
-  cloud('install', 'pod')
-  cloud.set('program', {f'1.pod.{worker}': {'until': 'never'} for worker in (0, 1)})
-  cloud.set('cut', ['preempted'])
-  text = cloud('run', 'pod', '--', *NASTY, code=75)
-  assert 'was taken away' in text and 'resume pod' in text
-  assert not cloud.calls('delete')
-  assert 'cannot be used now' in cloud('run', 'pod', '--', *FLAGS, code=1)
-  assert 'finished on all workers' in cloud('resume', 'pod')
-  assert [record['argv'] for record in cloud.ran(worker=1)] == [[*NASTY, '--multihost']]
-  first, second = cloud.calls('create')
-  assert first == second and len(cloud.calls('delete')) == 1
-
-
-def test_keep_going_makes_the_slice_again(cloud):
-  cloud.pod()
-  cloud.set('program', {f'1.pod.{worker}': {'until': 'never'} for worker in (0, 1)})
-  cloud.set('cut', ['preempted'])
-  cloud('run', 'pod', '--keep-going', '--', *NASTY)
-  assert [record['key'] for record in cloud.ran()] == ['2.pod.0']
-  assert cloud.ran()[0]['argv'] == [*NASTY, '--multihost']
-  assert len(cloud.calls('create')) == 2 and len(cloud.calls('delete')) == 1
-
-
-def test_keep_going_ends_at_its_number(cloud):
-  cloud.pod('v4-8')
-  cloud.set('program', {f'{life}.pod.0': {'until': 'never'} for life in (1, 2, 3)})
-  cloud.set('cut', ['preempted', 'preempted', 'preempted'])
-  assert 'to go on from the newest' in cloud('run', 'pod', '--keep-going=1', '--', *FLAGS, code=75)
-  assert len(cloud.calls('create')) == 2
-
-
-def test_code_that_is_not_there_any_more_is_asked_for(cloud):
-  cloud.pod('v4-8')
-  cloud('delete', 'pod', '--yes')
-  cloud('create', 'pod', '--type=v4-8')
-  text = cloud('run', 'pod', '--', *FLAGS, code=1)
-  assert '`install` brings it' in text and len(cloud.calls('ssh')) == 2
-
-
-def test_resume_deletes_no_slice_of_others(cloud):
-  cloud.pod('v4-8')
-  cloud.set('program', {'1.pod.0': {'until': 'never'}})
-  cloud.set('cut', ['preempted'])
-  cloud('run', 'pod', '--', *FLAGS, code=75)
-  world = cloud.get('world')
-  world['nodes']['pod']['labels'] = {}
-  cloud.set('world', world)
-  assert 'lacks the label' in cloud('resume', 'pod', code=1)
-  assert not cloud.calls('delete')
-
-
-def test_the_worker_that_failed_is_named(cloud):
-  cloud.pod()
-  cloud.set('program', {'1.pod.0': {'code': 69}, '1.pod.1': {'code': 3}})
-  text = cloud('run', 'pod', '--keep-going', '--', *FLAGS, code=3)
-  assert 'pod, worker 1: exit code 3' in text and 'pod, worker 0: exit code 69' in text
-  assert len(cloud.ran()) == 1 and not cloud.calls('delete')
-
-
-def test_a_run_told_to_leave_goes_on_in_the_same_slice(cloud):
-  cloud.pod()
-  cloud.set('program', {'1.pod.0': {'until': 'never'}, '1.pod.1': {'until': 'never'}})
-  cloud('run', 'pod', '--no-follow', '--', *FLAGS)
-  assert 'run main: running' in cloud('status', 'pod')
-  for name in ('main', 'other'):
-    text = cloud('run', 'pod', f'--run={name}', '--no-follow', '--', *FLAGS, code=1)
-    assert 'run main is still running here' in text
-  cloud('stop', 'pod')
-  text = cloud('logs', 'pod', code=75)
-  assert 'saved' in text and 'the slice is there' in text
-  assert 'run main: exit 75' in cloud('status', 'pod')
-  cloud.set('program', {})
-  cloud('resume', 'pod')
-  assert [len(cloud.ran(worker=worker)) for worker in (0, 1)] == [2, 2]
-  assert not cloud.calls('delete') and len(cloud.calls('create')) == 1
-  text = cloud('logs', 'pod', '--no-follow', '--lines=1')
-  assert '[worker 0] ended' in text and '[worker 1] ended' in text
-  assert list((cloud.home() / 'salt_jax_runs/main').glob('log.*'))
-
-
-def test_a_machine_that_goes_down_and_one_that_is_cut_off(cloud):
-  cloud.pod('v4-8')
-  cloud.set('program', {'1.pod.0': {'until': 'never'}})
-  place = cloud.home() / 'salt_jax_runs/main'
-  for number, end in ((signal.SIGTERM, 'exit 75'), (signal.SIGKILL, 'lost')):
-    cloud('run', 'pod', '--no-follow', '--', *FLAGS)
-    wait_for(lambda: 'started' in (place / 'log').read_text())
-    os.killpg(int((place / 'pid').read_text()), number)
-    text = cloud('logs', 'pod', code=75)
-    assert ('saved' in text) == (number == signal.SIGTERM)
-    assert f'run main: {end}' in cloud('status', 'pod')
 
 
 def test_delete_only_what_is_ours(cloud):
@@ -552,20 +302,6 @@ def test_a_failed_installation_is_named_and_not_tried_again(cloud, kind, worker)
     and len(cloud.calls('ssh')) == 2
   )
   assert 'the code is not there yet' in cloud('run', 'pod', '--', *FLAGS, code=1)
-
-
-def test_results_are_fetched(cloud, tmp_path):
-  cloud.pod()
-  cloud('run', 'pod', '--', *FLAGS)
-  (cloud.state / 'buckets/bucket/run').mkdir(parents=True)
-  (cloud.state / 'buckets/bucket/run/report.md').write_text('report')
-  cloud('fetch', 'pod', f'--to={tmp_path / "results of today"}')
-  assert (tmp_path / 'results of today/workdir/report.md').read_text() == 'report'
-  for worker in (0, 1):
-    assert (
-      f'started 1.pod.{worker}' in (tmp_path / f'results of today/pod.{worker}.log').read_text()
-    )
-  assert 'pod' in cloud('list').split()
 
 
 def test_scripts_are_clean():

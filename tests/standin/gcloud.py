@@ -1,4 +1,4 @@
-"""Stands in for gcloud in test_launch.py.
+"""Stands in for gcloud in the tests of launch/gcp_tpu.sh.
 
 It keeps slices in the folder GCLOUD_STATE, runs what it is told on their workers in sandboxes of this machine, writes
 every call down, and fails as faults.json says, in the words of the real one.

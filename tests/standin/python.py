@@ -1,4 +1,4 @@
-"""Stands in for the Python of a TPU VM in test_launch.py.
+"""Stands in for the Python of a TPU VM in the tests of launch/gcp_tpu.sh.
 
 It makes environments that hold itself, writes the arguments of salt_jax.main down, and ends as program.json says of
 this life of this worker: {"1.NODE.0": {"code": 0, "until": FILE}}.
