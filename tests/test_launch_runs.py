@@ -87,6 +87,13 @@ def test_keep_going_makes_the_slice_again(cloud):
   assert len(cloud.calls('create')) == 2 and len(cloud.calls('delete')) == 1
 
 
+def test_keep_going_when_the_slice_goes_before_the_run_starts(cloud):
+  cloud.pod('v4-8')
+  cloud.set('cut', ['before start'])
+  assert 'was taken away' in cloud('run', 'pod', '--keep-going', '--', *FLAGS)
+  assert [record['key'] for record in cloud.ran()] == ['2.pod.0']
+
+
 def test_keep_going_ends_at_its_number(cloud):
   cloud.pod('v4-8')
   cloud.set('program', {f'{life}.pod.0': {'until': 'never'} for life in (1, 2, 3)})

@@ -257,6 +257,8 @@ def ssh(names, flags, world):
   workers = chosen(value, flags)
   cut = load('cut.json', [])
   unheard = load('unheard.json', []) if ' start ' in flags['command'] else []
+  if cut[:1] == ['before start'] and ' start ' in flags['command']:
+    return interrupt(None, cut, names[0], world)
   codes = []
   for worker in workers:
     print(f'SSH: Attempting to connect to worker {worker}...', file=sys.stderr)
@@ -282,7 +284,7 @@ def interrupt(process, cut, name, world):
   import signal
   import time
 
-  deadline = time.monotonic() + 20
+  deadline = time.monotonic() + (20 if process else 0)
   log = STATE / 'machines' / name / '0'
   while (
     not any(path.stat().st_size for path in log.glob('salt_jax_runs/*/log'))
@@ -290,7 +292,8 @@ def interrupt(process, cut, name, world):
   ):
     time.sleep(0.02)
   time.sleep(0.1)
-  os.killpg(process.pid, signal.SIGKILL)
+  if process:
+    os.killpg(process.pid, signal.SIGKILL)
   (STATE / 'cut').touch()
   what = cut.pop(0)
   save('cut.json', cut)
