@@ -7,7 +7,7 @@ usage() {
 usage: launch/tpu_worker.sh install EXTRAS           an environment with these extras, in .venv beside this code
        launch/tpu_worker.sh start RUN TOKEN [NAME=VALUE ...] -- FLAG ...
                                                     python -m salt_jax.main FLAG ..., detached from the terminal
-       launch/tpu_worker.sh state [RUN]              absent, running, exit N, or lost (the machine restarted)
+       launch/tpu_worker.sh state [RUN]              absent, running, exit N, stopped, or lost (the machine restarted)
        launch/tpu_worker.sh follow RUN BYTES         the log behind its first BYTES, until the run ends
        launch/tpu_worker.sh tail RUN LINES           its last lines
        launch/tpu_worker.sh stop RUN                 SIGTERM: the run saves and leaves
@@ -62,7 +62,9 @@ install() {
 
 state() {
   local place=$runs/$1
-  if [[ -s $place/exit_code ]]; then
+  if [[ -e $place/stopped && -s $place/exit_code && $(< "$place/exit_code") != 0 ]]; then
+    echo stopped
+  elif [[ -s $place/exit_code ]]; then
     echo "exit $(< "$place/exit_code")"
   elif [[ ! -s $place/pid ]]; then
     echo absent
@@ -92,7 +94,7 @@ start() {
   if [[ -e $place/log ]]; then
     mv "$place/log" "$place/log.$(cat "$place/token")"
   fi
-  rm -f "$place/exit_code" "$place/pid"
+  rm -f "$place/exit_code" "$place/pid" "$place/stopped"
   printf '%s\n' "$token" > "$place/token"
   printf '%s\n' "$boot" > "$place/boot"
   printf '%q ' "$@" > "$place/command"
@@ -152,6 +154,7 @@ states() {
 
 stop() {
   if [[ $(state "$1") == running ]]; then
+    touch "$runs/$1/stopped"
     kill -TERM "$(< "$runs/$1/python_pid")"
     say "run $1: told to save and leave"
   else

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import threading
 
 import pytest
 
@@ -94,6 +96,31 @@ def test_keep_going_when_the_slice_goes_before_the_run_starts(cloud):
   assert [record['key'] for record in cloud.ran()] == ['2.pod.0']
 
 
+def test_keep_going_waits_for_a_slice_in_repair(cloud):
+  cloud.pod('v4-8')
+  cloud.set('program', {'1.pod.0': {'until': 'cut'}})
+  cloud.set('cut', ['repair'])
+  cloud('run', 'pod', '--keep-going', '--', *FLAGS)
+  assert len(cloud.ran()) == 2 and len(cloud.calls('create')) == 1
+
+
+def test_keep_going_respects_stop(cloud):
+  cloud.pod('v4-8')
+  cloud.set('program', {'1.pod.0': {'until': 'never'}})
+
+  def stop():
+    wait_for(lambda: (cloud.home() / 'salt_jax_runs/main/log').exists() and cloud.ran())
+    environment = {**cloud.environment, 'HOME': str(cloud.home()), 'STANDIN_HOST': 'w'}
+    words = ['bash', str(cloud.checkout / 'launch/tpu_worker.sh'), 'stop', 'main']
+    subprocess.run(words, env=environment, check=True)
+
+  other = threading.Thread(target=stop)
+  other.start()
+  assert 'was stopped' in cloud('run', 'pod', '--keep-going', '--', *FLAGS, code=75)
+  other.join()
+  assert len(cloud.ran()) == 1
+
+
 def test_keep_going_ends_at_its_number(cloud):
   cloud.pod('v4-8')
   cloud.set('program', {f'{life}.pod.0': {'until': 'never'} for life in (1, 2, 3)})
@@ -140,8 +167,8 @@ def test_a_run_told_to_leave_goes_on_in_the_same_slice(cloud):
     assert 'run main is still running here' in text
   cloud('stop', 'pod')
   text = cloud('logs', 'pod', code=75)
-  assert 'saved' in text and 'the slice is there' in text
-  assert 'run main: exit 75' in cloud('status', 'pod')
+  assert 'saved' in text and 'was stopped' in text
+  assert 'run main: stopped' in cloud('status', 'pod')
   cloud.set('program', {})
   cloud('resume', 'pod')
   assert [len(cloud.ran(worker=worker)) for worker in (0, 1)] == [2, 2]

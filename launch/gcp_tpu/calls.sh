@@ -193,7 +193,7 @@ read_states() {
       states=''
       return 0
     fi
-    states+=$(sed -nE "s/^\[worker ([^]]*)\] (absent|running|lost|exit [0-9]+)$/$node \1 \2/p" <<< "$answer")$'\n'
+    states+=$(sed -nE "s/^\[worker ([^]]*)\] (absent|running|lost|stopped|exit [0-9]+)$/$node \1 \2/p" <<< "$answer")$'\n'
   done
 }
 

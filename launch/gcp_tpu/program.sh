@@ -130,15 +130,20 @@ conclude() {
     examine
     outcome=gone
     [[ $health != gone ]] || return 0
-    read_states
-    bad=$(grep -vE ' (exit (0|69|75|143)|running|lost)$' <<< "$states" | grep . || true)
+    [[ $health == waiting ]] || read_states
+    bad=$(grep -vE ' (exit (0|69|75|143)|running|lost|stopped)$' <<< "$states" | grep . || true)
     left=$(grep -E ' (exit (69|75|143)|lost)$' <<< "$states" || true)
-    if [[ -z $states ]]; then
+    if [[ $health == waiting ]]; then
+      outcome=left
+    elif [[ -z $states ]]; then
       outcome=unknown
     elif [[ -n $bad ]]; then
       outcome=failed
     elif grep -q ' running$' <<< "$states"; then
       outcome=running
+    elif grep -q ' stopped$' <<< "$states"; then
+      outcome=stopped
+      return 0
     elif [[ -n $left ]]; then
       outcome=left
     else
@@ -159,7 +164,8 @@ finish() {
       exit 0
       ;;
     gone) say "$because: the slice was taken away." ;;
-    left) say "run $run was told to leave, or its machine restarted; the slice is there." ;;
+    left) say "run $run was told to leave, or its machine restarted; $because." ;;
+    stopped) die "run $run was stopped; \`resume\` goes on. The slice is still there." 75 ;;
     failed) blame ;;
     running) die "run $run ended on one worker and still runs on others; see \`status\` and \`logs --worker=K\`." ;;
     *) die "the workers did not answer; the run may go on. See \`status\`." ;;

@@ -65,7 +65,7 @@ explain_refusal() {
   esac
 }
 
-# Until the slice can be used; leaves with 0 where it still queues after --minutes.
+# Until the slice can be used; leaves where it still queues after --minutes.
 await() {
   local polls=$((minutes * 2)) before=''
   while :; do
@@ -78,6 +78,7 @@ await() {
     before=$because
     if ((polls-- <= 0)); then
       say "$because still; \`status\` says when it is ready. It stays in the queue until you delete it."
+      [[ $command == create ]] || exit 75
       exit 0
     fi
     pause 30

@@ -182,6 +182,13 @@ def create_queued(names, flags, world):
   }
 
 
+def describe_node(names, flags, world):
+  value = resource('nodes', names[0], world['nodes'])
+  describe(value, flags)
+  if value.get('next'):
+    value['state'] = value['next'].pop(0)
+
+
 def describe_queued(names, flags, world):
   value = resource('queuedResources', names[0], world['queued'])
   describe(value, flags)
@@ -280,7 +287,7 @@ def ssh(names, flags, world):
 
 
 def interrupt(process, cut, name, world):
-  """The connection is cut while a log is followed: by the network ("drop"), or because the slice is taken away."""
+  """Cuts the connection while a log is followed: by the network ("drop"), a "repair", or with the whole slice."""
   import signal
   import time
 
@@ -297,7 +304,11 @@ def interrupt(process, cut, name, world):
   (STATE / 'cut').touch()
   what = cut.pop(0)
   save('cut.json', cut)
-  if what != 'drop':
+  if what == 'repair':
+    (run,) = log.glob('salt_jax_runs/*/pid')
+    os.killpg(int(run.read_text()), signal.SIGKILL)
+    world['nodes'][name].update(state='REPAIRING', next=['REPAIRING'] * 4 + ['READY'])
+  elif what != 'drop':
     take_away(world['nodes'], name, 'PREEMPTED')
     for value in world['queued'].values():
       if name in value['members']:
@@ -329,9 +340,7 @@ def rsync(names, flags, world):
 
 COMMANDS = {
   'tpu-vm create': create_node,
-  'tpu-vm describe': lambda names, flags, world: describe(
-    resource('nodes', names[0], world['nodes']), flags
-  ),
+  'tpu-vm describe': describe_node,
   'tpu-vm delete': delete_node,
   'tpu-vm list': lambda names, flags, world: print('\n'.join(world['nodes'])),
   'tpu-vm ssh': ssh,
