@@ -307,7 +307,7 @@ def interrupt(process, cut, name, world):
   if what == 'repair':
     (run,) = log.glob('salt_jax_runs/*/pid')
     os.killpg(int(run.read_text()), signal.SIGKILL)
-    world['nodes'][name].update(state='REPAIRING', next=['REPAIRING'] * 4 + ['READY'])
+    world['nodes'][name].update(state='REPAIRING', next=['REPAIRING'] * 30 + ['READY'])
   elif what != 'drop':
     take_away(world['nodes'], name, 'PREEMPTED')
     for value in world['queued'].values():
