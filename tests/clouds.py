@@ -41,6 +41,7 @@ def make_checkout(tmp_path_factory):
     f'[user]\n name = n\n email = e@example.org\n[init]\n defaultBranch = main\n[safe]\n directory = *\n'
     f'[url "file://{origin}"]\n insteadOf = {ADDRESS}\n'
   )
+  before = os.environ.get('GIT_CONFIG_GLOBAL')
   os.environ['GIT_CONFIG_GLOBAL'] = str(config)
   shutil.copytree(ROOT / 'launch', tree / 'launch')
   for words in (
@@ -54,6 +55,8 @@ def make_checkout(tmp_path_factory):
     subprocess.run(['git', *words], check=True)
   yield tree
   del os.environ['GIT_CONFIG_GLOBAL']
+  if before is not None:
+    os.environ['GIT_CONFIG_GLOBAL'] = before
 
 
 class Cloud:
