@@ -165,11 +165,17 @@ def _served(name: str, *passes: Passes) -> Part:
 
 
 def _trained(name: str, cfg: WanConfig, *passes: Passes, frozen: bool = False) -> Part:
-  """Passes with a gradient. Frozen parameters hand it on only, though both sides of q k^T and of p v still get one."""
+  """Passes with a gradient: twice the forward on top, and with remat all blocks anew.
+
+  Parameters that are frozen only hand the gradient on, though both sides of q k^T and of p v still get one; and
+  nobody asks for the end of the feed-forward anew, whose gate has no gradient then.
+  """
   total = _served(name, *passes).flops
+  attention, ffn = (sum(one[part] for one in passes) for part in ('self_attention', 'ffn'))
   blocks = sum(one[part] for one in passes for part in _BLOCK)
-  backward = total + sum(one['self_attention'] for one in passes) if frozen else 2 * total
-  return Part(name, total + backward, blocks if cfg.remat else 0.0)
+  if frozen:
+    return Part(name, 2 * total + attention, (blocks - ffn / 2) if cfg.remat else 0.0)
+  return Part(name, 3 * total, blocks if cfg.remat else 0.0)
 
 
 def _without_head(passes: Passes) -> Passes:
@@ -231,7 +237,7 @@ def _clip(cfg: WanConfig, rec: Recipe) -> Passes:
 
 
 def _texts(rec: Recipe, prompts: int) -> Part:
-  return Part('text encoder', prompts * encoder(rec.text, rec.text_length))
+  return Part('text', prompts * encoder(rec.text, rec.text_length))
 
 
 def _rolled(rec: Recipe) -> Part:
@@ -338,7 +344,7 @@ def flow_step(rec: Recipe, frames: int, tokens: int) -> list[Part]:
   """Flow matching of DiT and text encoder."""
   text = encoder(rec.text, rec.text_length)
   return [
-    Part('text encoder', 3 * text),
+    Part('text', 3 * text),
     _trained('student', rec.model, forward(rec.model, frames, tokens)),
   ]
 
@@ -363,7 +369,7 @@ def of_steps(config: ConfigDict, rec: Recipe, n: int | None = None) -> dict[str,
   steps = {'generator': generator_step(rec, n), 'critic': critic_step(rec)}
   if config.data.kind != 'text_store':
     return steps
-  return {k: [part for part in parts if part.name != 'text encoder'] for k, parts in steps.items()}
+  return {k: [part for part in parts if part.name != 'text'] for k, parts in steps.items()}
 
 
 def table(parts: list[Part]) -> str:
