@@ -26,12 +26,16 @@ from salt_jax.models.text import TextConfig
 from salt_jax.models.wan import PATCH, WanConfig
 from salt_jax.recipe import Recipe, latent_shape
 
-# Dense bfloat16 peak of one JAX device, by its `device_kind`; a chip of TPU7x is two devices.
+# Dense bfloat16 peak of one JAX device, by its `device_kind`, of which JAX knows two spellings for some; a chip of
+# TPU7x is two devices.
 PEAK_FLOPS = {
   'TPU v4': 275e12,
   'TPU v5 lite': 197e12,
+  'TPU v5e': 197e12,
   'TPU v5': 459e12,
+  'TPU v5p': 459e12,
   'TPU v6 lite': 918e12,
+  'TPU v6e': 918e12,
   'TPU7x': 2307e12 / 2,
   'NVIDIA H100 80GB HBM3': 989e12,
   'NVIDIA H200': 989e12,
