@@ -44,7 +44,7 @@ def test_every_process_writes_into_a_folder_of_its_own(happened, monkeypatch):
 
 
 def test_without_the_flag_nothing_is_waited_for(happened):
-  assert not any(_run(profiling.Profiler(profiling.parse(None, 9), 'profile'), range(10)))
+  assert not any(_run(profiling.Profiler(profiling.parse(None, 9), 'profile'), range(1, 10)))
   assert happened == []
 
 
