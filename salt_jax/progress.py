@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 
@@ -35,7 +35,7 @@ class Progress:
   def __init__(
     self,
     total: int,
-    devices: Sequence[jax.Device] = (),
+    devices: Iterable[jax.Device] = (),
     clock: Callable[[], float] = time.monotonic,
   ):
     """Counts up to `total` steps.
@@ -46,7 +46,7 @@ class Progress:
       clock: returns seconds.
     """
     self._total = total
-    self._devices = devices
+    self._devices = tuple(devices)
     self._clock = clock
     self._began = clock()
     self._started = False

@@ -9,6 +9,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from etils import epath
 
@@ -34,7 +35,8 @@ def _device(kind='TPU v5', process=0, **stats):
 
 def _progress(times, *devices):
   times = iter(times)
-  return Progress(400, devices, clock=lambda: next(times))
+  # An array of objects, as a mesh has it.
+  return Progress(400, np.array(devices, object), clock=lambda: next(times))
 
 
 def _lines(progress, *steps):
