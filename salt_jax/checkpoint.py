@@ -153,12 +153,22 @@ def _reading(folder: str) -> Iterator[tuple[ocp.CheckpointManager, int]]:
   path = local_folder(folder)
   if not path.is_dir():
     raise InputError(f'there is no checkpoint folder {path}; pass the one a training run wrote.')
-  options = ocp.CheckpointManagerOptions(read_only=True, create=False)
+  options = ocp.CheckpointManagerOptions(
+    read_only=True, create=False, multiprocessing_options=_alone()
+  )
   with ocp.CheckpointManager(path, options=options, handler_registry=_handlers()) as manager:
     step = manager.latest_step()
     if step is None:
       raise InputError(f'{path} holds no finished checkpoint; train until one is saved.')
     yield manager, step
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+  """A process that reads waits for no other: one may read where the others do not."""
+  me = jax.process_index()
+  return ocp.options.MultiprocessingOptions(
+    primary_host=me, active_processes={me}, barrier_sync_key_prefix=f'reader-{me}'
+  )
 
 
 def _networks(manager: ocp.CheckpointManager, step: int) -> tuple[dict, dict]:
@@ -181,7 +191,9 @@ def _restore_part(path: pathlib.Path, name: str, like: Any) -> Any:
     partial_restore=True,
   )
   try:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+    with ocp.Checkpointer(
+      ocp.PyTreeCheckpointHandler(), multiprocessing_options=_alone()
+    ) as reader:
       return reader.restore(path / 'state', args=args)['params'][name]
   except jax.errors.JaxRuntimeError:
     raise
@@ -211,7 +223,7 @@ def check_config(
     raise InputError(
       f'{path} is damaged ({error}); delete it, or pass another --workdir.'
     ) from error
-  given = _flatten(json.loads(_config_text(config)))
+  given = flattened(config)
   for key in sorted(stored.keys() | given.keys()):
     free = any(key == name or key.startswith(name + '.') for name in may_change)
     old, new = stored.get(key, 'absent'), given.get(key, 'absent')
@@ -348,6 +360,11 @@ def _damaged(path: pathlib.Path, steps: list[int], reason: str) -> InputError:
   mend = f'go on from step {before[-1]}' if before else 'start anew'
   reason = reason.strip().partition('\n')[0].partition('. See full')[0][:200]
   return InputError(f'checkpoint {path} is damaged ({reason}); delete that folder to {mend}.')
+
+
+def flattened(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Dotted key to JSON value; references are resolved."""
+  return _flatten(json.loads(_config_text(config)))
 
 
 def _config_text(config: ml_collections.ConfigDict) -> str:

@@ -10,14 +10,15 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from salt_jax import evaluate, monitor, sharding, stages, weights
+from salt_jax import evaluate, hosts, monitor, sharding, stages, weights
 from salt_jax import recipe as recipes
 from salt_jax import state as states
 from salt_jax.checkpoint import Checkpoints, check_config, config_digest, write_config
 from salt_jax.checks import check_batch
 from salt_jax.data import Feed
-from salt_jax.errors import InputError
+from salt_jax.errors import InputError, Preempted
 from salt_jax.metrics import Progress, Writer, assert_finite, param_count, without_inactive
+from salt_jax.preemption import Notices
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,13 @@ def run(config: ConfigDict, workdir: str) -> dict[str, int]:
   Raises:
     InputError: for whatever in the config or the workdir cannot work.
     NonFiniteError: at the first loss that is not finite; nothing is saved from then on.
+    Preempted: the run was told to leave, and is saved.
   """
+  with contextlib.closing(Notices()) as notices:
+    return _run(config, workdir, notices)
+
+
+def _run(config: ConfigDict, workdir: str, notices: Notices) -> dict[str, int]:
   rec = recipes.build(config)
   mesh = sharding.make_mesh(config.mesh)
   check_batch(config.batch, mesh)
@@ -67,6 +74,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, int]:
       f'--config.weights.NAME={workdir} to start from them.'
     )
   start = checkpoints.latest_step() or 0
+  hosts.check_agreed(f'the newest checkpoint in {workdir}', start)
   if start > config.total_steps:
     raise InputError(
       f'{workdir} is at step {start}, beyond total_steps={config.total_steps}: pass another --workdir.'
@@ -91,17 +99,25 @@ def run(config: ConfigDict, workdir: str) -> dict[str, int]:
 
   traces = collections.Counter()
   jitted = {spec.name: _jit(spec, rec, placed, mesh, traces) for spec in stage.steps}
-  feeds = {spec.name: _feed(spec, config, start) for spec in stage.steps}
+  feeds = {spec.name: _feed(spec, config, start, mesh) for spec in stage.steps}
   writer, progress = Writer(workdir, start), Progress(config.total_steps, start)
-  digest, waiting = config_digest(config), None
+  digest, waiting, left = config_digest(config), None, None
 
   def flush():
     if waiting is not None:
       _log(waiting, config, checkpoints, writer, progress)
 
+  def save(step):
+    items = {'state': state.replace(ema={}), 'ema': state.ema}
+    write_config(workdir, config)
+    checkpoints.save(step, items, {'data_step': step, 'config': digest}, force=True)
+
   # Whatever stops the loop, a save in progress is waited for.
   with contextlib.closing(checkpoints), contextlib.closing(writer):
     for n in range(start, config.total_steps):
+      if notices.due(n):
+        left = n
+        break
       scalars = {}
       for spec in stage.steps:
         if n % spec.every == 0:
@@ -111,13 +127,19 @@ def run(config: ConfigDict, workdir: str) -> dict[str, int]:
       scalars |= watch(state.ema, frozen, n + 1)
       # The scalars of the step before are read only now, so the host never holds up the device.
       flush()
-      waiting = (n + 1, scalars)
+      waiting, notices.saving = (n + 1, scalars), True
       if (n + 1) % config.checkpoint.every == 0 or n + 1 == config.total_steps:
         flush()
         waiting = None
-        items = {'state': state.replace(ema={}), 'ema': state.ema}
-        write_config(workdir, config)
-        checkpoints.save(n + 1, items, {'data_step': n + 1, 'config': digest}, force=True)
+        save(n + 1)
+    if left is not None and left > start:
+      flush()
+      save(left)
+  notices.saving = False
+  if left is not None:
+    raise Preempted(
+      f'told to leave and saved step {left} of {config.total_steps}; the same command goes on from there.'
+    )
   for name, count in traces.items():
     if count > 1:
       log.warning('%s_step was compiled %d times.', name, count)
@@ -141,11 +163,11 @@ def _jit(spec: stages.StepSpec, rec, placed, mesh, traces):
   return jax.jit(counted, donate_argnums=0, out_shardings=(placed, sharding.replicated(mesh)))
 
 
-def _feed(spec: stages.StepSpec, config: ConfigDict, start: int):
+def _feed(spec: stages.StepSpec, config: ConfigDict, start: int, mesh):
   done = -(-start // spec.every)  # calls of this step before `start`
   seed = config.seed + list('gcvd').index(spec.name[0])
-  feed = Feed(config.batch, seed, done, jax.process_index(), jax.process_count(), config.workers)
-  return spec.feed(feed)
+  rows = sharding.rows_here(config.batch, mesh)
+  return spec.feed(Feed(config.batch, seed, done, rows, config.workers))
 
 
 def _to_devices(batch: dict, mesh) -> dict:
@@ -168,7 +190,7 @@ def _log(waiting, config, checkpoints, writer, progress) -> None:
 
 def _finish(config: ConfigDict, rec, state: states.TrainState, workdir: str) -> None:
   """Exports the averaged networks and reports on them; all processes take part, the first writes."""
-  networks = jax.tree.map(np.asarray, jax.device_get(state.ema))
+  networks = sharding.to_host(state.ema)
   networks = evaluate.finished(config, rec, networks)
   if jax.process_index() == 0:
     for name, params in networks.items():
