@@ -76,7 +76,8 @@ class Checkpoints:
       items = jax.block_until_ready(_copied(dict(items)))
     args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
     args['info'] = ocp.args.JsonSave(dict(info) | {'step': int(step), 'fingerprints': prints})
-    return self._manager.save(step, args=ocp.args.Composite(**args), force=force)
+    with self._writing():
+      return self._manager.save(step, args=ocp.args.Composite(**args), force=force)
 
   def restore(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
     """Reads the items named in `like`, and `info`.
@@ -94,8 +95,28 @@ class Checkpoints:
     return _restore(self._manager, self.folder, step, like)
 
   def close(self) -> None:
-    """Waits for the save in progress, and raises what went wrong in it."""
-    self._manager.close()
+    """Waits for the save in progress.
+
+    Raises:
+      InputError: it could not be written.
+    """
+    with self._writing():
+      self._manager.close()
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """What fails in the background is raised by the next call."""
+    try:
+      yield
+    except jax.errors.JaxRuntimeError:
+      raise
+    except Exception as error:
+      steps = ocp.utils.checkpoint_steps(self.folder)
+      mend = f'goes on from step {max(steps)}' if steps else 'starts anew'
+      raise InputError(
+        f'a checkpoint could not be written to {self.folder} ({_reason(error)}): make room there, and the same command '
+        f'{mend}.'
+      ) from error
 
 
 def restore_ema(folder: str, like: Any, step: int | None = None) -> Any:
@@ -365,6 +386,12 @@ def _damaged(path: pathlib.Path, steps: list[int], reason: str) -> InputError:
 def flattened(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """Dotted key to JSON value; references are resolved."""
   return _flatten(json.loads(_config_text(config)))
+
+
+def _reason(error: Exception) -> str:
+  """What the file system said: the end of a chain of contexts, without the place in a source file."""
+  text = str(error).strip().partition('\n')[0].partition(' [')[0]
+  return text[-200:].rpartition(': ')[2] or type(error).__name__
 
 
 def _config_text(config: ml_collections.ConfigDict) -> str:

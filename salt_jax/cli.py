@@ -147,6 +147,8 @@ def _refuse(error: Exception) -> int:
 def _start_log() -> None:
   """Our own lines to stderr; libraries keep to warnings."""
   absl_logging.set_verbosity(absl_logging.WARNING)
+  # Each array of a save that fails would be reported besides the save itself.
+  logging.getLogger('asyncio').setLevel(logging.CRITICAL)
   handler = logging.StreamHandler()
   handler.setFormatter(logging.Formatter('%(asctime)s  %(message)s', datefmt='%H:%M:%S'))
   logger = logging.getLogger('salt_jax')

@@ -86,7 +86,7 @@ def joined(args: flags.FlagValues) -> Iterator[None]:
   except BaseException as error:
     code = _explained(error)
     speaker.communicate('left in order\n')
-    _leave(code)
+    _leave(code, alone=code == LOST)
   speaker.communicate('left in order\n')
 
 
@@ -157,14 +157,16 @@ def _explained(error: BaseException) -> int:
   return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
-def _leave(code: int) -> NoReturn:
-  """Leaves together with the others if they fail alike, and without them after a while."""
+def _leave(code: int, alone: bool) -> NoReturn:
+  """Leaves together with the others if they fail alike, and without them at once or after a while."""
 
-  def alone():
+  def after_a_while():
     time.sleep(_LEAVING)
     os._exit(code)
 
-  threading.Thread(target=alone, daemon=True).start()
+  if alone:
+    os._exit(code)
+  threading.Thread(target=after_a_while, daemon=True).start()
   with contextlib.suppress(jax.errors.JaxRuntimeError):
     jax.distributed.shutdown()
   os._exit(code)

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import errno
 import functools
 import logging
 import os
@@ -51,7 +52,14 @@ def run(config: ConfigDict, workdir: str) -> dict[str, int]:
     Preempted: the run was told to leave, and is saved.
   """
   with contextlib.closing(Notices()) as notices:
-    return _run(config, workdir, notices)
+    try:
+      return _run(config, workdir, notices)
+    except OSError as error:
+      if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        raise
+      raise InputError(
+        f'nothing more can be written to {workdir} ({error.strerror}): make room there, and the same command goes on.'
+      ) from error
 
 
 def _run(config: ConfigDict, workdir: str, notices: Notices) -> dict[str, int]:
