@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests import processes, tiny_config
+from tests import processes, soak, tiny_config
 
 STEPS = 4
 
@@ -95,6 +95,17 @@ def test_a_lost_host_ends_the_other_and_a_restart_ends_in_the_same_bits(weights,
     )
   _run(2, _command(weights, tmp_path), tmp_path / 'logs')
   _assert_same_run(two, tmp_path)
+
+
+def test_a_short_soak(weights, one, tmp_path):
+  """What python -m tests.soak does with fifty kills, with three; its moments are those of its first seed."""
+  shutil.copytree(one, tmp_path / 'whole')
+  words = ['--kills=3', '--devices=2', f'--folder={tmp_path}', '--']
+  command = _command(weights, '')
+  words += [word for word in command[2:] if not word.startswith('--workdir')]
+  with pytest.raises(SystemExit) as left:
+    soak.main(words)
+  assert left.value.code == 0
 
 
 def test_sigterm_to_one_host_saves_on_all_and_one_process_goes_on(weights, one, tmp_path):
