@@ -7,6 +7,8 @@ there are and which one it is:
 """
 
 import contextlib
+import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -14,14 +16,15 @@ import logging
 import os
 import pathlib
 import platform
+import secrets
 import subprocess
 import sys
 import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Mapping
+from typing import IO, Any, NoReturn
 
 import jax
 import numpy as np
@@ -36,6 +39,7 @@ log = logging.getLogger('salt_jax.hosts')
 
 LOST = 69  # exit code of a host that lost another one
 _PATIENCE = 24 * 3600  # seconds that a host that is done waits for the others to leave
+_HANDOVER = 30.0  # seconds that a run waits for one that is leaving the same folder
 _LEAVING = 10.0  # seconds that a host that fails waits for the others to fail too
 _LIBRARIES = ('jax', 'jaxlib', 'libtpu', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 _VARIABLES = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS', 'JAX_ENABLE_X64', 'JAX_DEFAULT_MATMUL_PRECISION')
@@ -209,6 +213,96 @@ def check_same(config: ConfigDict, workdir: str) -> None:
           f'host {host} has {name} {theirs} and host 0 has {ours}: install the same code and start the same command '
           'on every host.'
         )
+
+
+def together(check: Callable[[], None]) -> None:
+  """Runs a check that one host may fail alone, and has all hosts refuse then.
+
+  Raises:
+    InputError: on every host alike, the first host's.
+  """
+  sentence = ''
+  try:
+    check()
+  except InputError as error:
+    sentence = str(error)
+  if jax.process_count() == 1:
+    found = [sentence]
+  else:
+    found = [other.decode() for other in _everyone(sentence.encode())]
+  for host, said in enumerate(found):
+    if said:
+      raise InputError(said if host == jax.process_index() else f'host {host}: {said}')
+
+
+@contextlib.contextmanager
+def holding(workdir: str) -> Iterator[None]:
+  """Keeps a second run out of a working directory; the kernel lets go of it however this one ends.
+
+  A run that was told to leave may still be saving, so it is waited for.
+
+  Raises:
+    InputError: on every host alike, another run is at work there.
+  """
+  with contextlib.ExitStack() as stack:
+    together(functools.partial(_hold, pathlib.Path(workdir), stack))
+    yield
+
+
+def _hold(workdir: pathlib.Path, stack: contextlib.ExitStack) -> None:
+  if jax.process_index():
+    return
+  file = stack.enter_context(open(workdir / '.lock', 'a+', encoding='utf-8'))
+  end = time.monotonic() + _HANDOVER
+  while not _locked(file):
+    if time.monotonic() > end:
+      file.seek(0)
+      raise InputError(
+        f'another run is at work in {workdir} ({file.read().strip()}): end it first, or pass another --workdir.'
+      )
+    time.sleep(0.1)
+  file.truncate(0)
+  file.write(f'process {os.getpid()} on {platform.node()}\n')
+  file.flush()
+
+
+def _locked(file: IO[str]) -> bool:
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  except OSError as error:
+    # Some network file systems have no locks.
+    log.warning(
+      '%s cannot be locked (%s): see to it that one run is at work there.', file.name, error
+    )
+  return True
+
+
+def check_shared(workdir: str) -> None:
+  """Refuses a working directory that is not the same folder on all hosts.
+
+  Raises:
+    InputError: on every host alike.
+  """
+  if jax.process_count() == 1:
+    return
+  mark = pathlib.Path(workdir, f'.shared-{secrets.token_hex(8)}')
+  if jax.process_index() == 0:
+    mark.touch()
+  mark = mark.with_name(_everyone(mark.name.encode())[0].decode())
+  end = time.monotonic() + _LEAVING
+  # A network file system may show a new file late.
+  while not mark.exists() and time.monotonic() < end:
+    time.sleep(0.2)
+  seen = [answer == b'1' for answer in _everyone(b'1' if mark.exists() else b'0')]
+  if jax.process_index() == 0:
+    mark.unlink()
+  if not all(seen):
+    raise InputError(
+      f'{workdir} of host {seen.index(False)} is not the folder that host 0 has there: pass a --workdir that all hosts '
+      'share, such as a mounted bucket.'
+    )
 
 
 def check_agreed(what: str, value: int) -> None:

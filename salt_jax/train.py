@@ -51,9 +51,14 @@ def run(config: ConfigDict, workdir: str) -> dict[str, int]:
     NonFiniteError: at the first loss that is not finite; nothing is saved from then on.
     Preempted: the run was told to leave, and is saved.
   """
-  with contextlib.closing(Notices()) as notices:
+  rec = recipes.build(config)
+  mesh = sharding.make_mesh(config.mesh)
+  check_batch(config.batch, mesh)
+  hosts.together(lambda: check_config(workdir, config, FREE))
+  hosts.check_shared(workdir)
+  with contextlib.closing(Notices()) as notices, hosts.holding(workdir):
     try:
-      return _run(config, workdir, notices)
+      return _run(config, rec, mesh, workdir, notices)
     except OSError as error:
       if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         raise
@@ -62,11 +67,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, int]:
       ) from error
 
 
-def _run(config: ConfigDict, workdir: str, notices: Notices) -> dict[str, int]:
-  rec = recipes.build(config)
-  mesh = sharding.make_mesh(config.mesh)
-  check_batch(config.batch, mesh)
-  check_config(workdir, config, FREE)
+def _run(config: ConfigDict, rec, mesh, workdir: str, notices: Notices) -> dict[str, int]:
   stage = stages.build(config, rec, workdir)
   evaluate.check(config, rec)
   watch = monitor.watcher(config, rec, sharding.replicated(mesh))
