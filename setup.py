@@ -19,6 +19,7 @@ setuptools.setup(
   install_requires=[
     'absl-py>=2.1',  # flags and logging
     'array_record>=0.5',  # stores of latents and text embeddings
+    'etils[epath]>=1.9',  # folders and buckets alike
     'einops>=0.8',  # rearrangements that name their axes
     'flax>=0.12',  # the networks (linen)
     'grain>=0.2.12',  # reading data
@@ -40,6 +41,7 @@ setuptools.setup(
       'sentencepiece>=0.2',  # UMT5's spiece.model
       'tokenizers>=0.20',  # UMT5's tokenizer.json
     ],
+    'gcs': ['gcsfs>=2024.6'],  # checkpoints in gs://
     'video': ['av>=12.0'],  # MP4 files: samples, and what VBench reads
     'dev': [
       'pytest>=8.0',

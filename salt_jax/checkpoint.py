@@ -8,9 +8,9 @@ the fingerprints kept in `info` do.
 
 import contextlib
 import hashlib
+import importlib.util
 import json
-import pathlib
-import tempfile
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jaxtyping import Array, UInt32
 
 from salt_jax.errors import InputError
@@ -37,7 +38,7 @@ class Checkpoints:
       every: `save` saves at multiples of this many steps.
       keep: how many newest steps stay.
     """
-    self.folder = local_folder(folder)
+    self.folder = folder_of(folder)
     self._manager = ocp.CheckpointManager(
       self.folder,
       options=ocp.CheckpointManagerOptions(
@@ -132,7 +133,7 @@ def restore_ema(folder: str, like: Any, step: int | None = None) -> Any:
   """
   with _reading(folder) as (manager, newest):
     step = newest if step is None else step
-    return _restore(manager, local_folder(folder), step, {'ema': like})['ema']
+    return _restore(manager, folder_of(folder), step, {'ema': like})['ema']
 
 
 def entries(folder: str) -> list[str]:
@@ -158,7 +159,7 @@ def restore_network(folder: str, entry: str) -> Any:
     InputError: nothing there, no such entry, or damaged files.
   """
   with _reading(folder) as (manager, step):
-    path = local_folder(folder)
+    path = folder_of(folder)
     averaged, trained = _networks(manager, step)
     if entry in trained:
       return _restore_part(path / str(step), entry, _on_host(trained[entry]))
@@ -171,7 +172,7 @@ def restore_network(folder: str, entry: str) -> Any:
 @contextlib.contextmanager
 def _reading(folder: str) -> Iterator[tuple[ocp.CheckpointManager, int]]:
   """The manager of a run's checkpoints, and the newest step; changes nothing."""
-  path = local_folder(folder)
+  path = folder_of(folder)
   if not path.is_dir():
     raise InputError(f'there is no checkpoint folder {path}; pass the one a training run wrote.')
   options = ocp.CheckpointManagerOptions(
@@ -203,7 +204,7 @@ def _on_host(stored: Any) -> Any:
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host), stored)
 
 
-def _restore_part(path: pathlib.Path, name: str, like: Any) -> Any:
+def _restore_part(path: epath.Path, name: str, like: Any) -> Any:
   """One network of the state alone: with the optimizer's, all of it may not fit the host."""
   item = {'params': {name: like}}
   args = ocp.args.PyTreeRestore(
@@ -239,7 +240,7 @@ def check_config(
   if not path.exists():
     return
   try:
-    stored = _flatten(json.loads(path.read_text(encoding='utf-8')))
+    stored = _flatten(json.loads(path.read_text()))
   except ValueError as error:
     raise InputError(
       f'{path} is damaged ({error}); delete it, or pass another --workdir.'
@@ -257,22 +258,30 @@ def check_config(
 
 def write_config(workdir: str, config: ml_collections.ConfigDict) -> None:
   """Writes `config.json` unless it is there; from the first checkpoint on a workdir belongs to its config."""
-  path = local_folder(workdir) / 'config.json'
+  path = folder_of(workdir) / 'config.json'
   if jax.process_index() == 0 and not path.exists():
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name('config.json.new')
-    fresh.write_text(_config_text(config), encoding='utf-8')
+    fresh.write_text(_config_text(config))
     fresh.replace(path)
 
 
-def _writable(workdir: str) -> pathlib.Path:
-  path = local_folder(workdir)
+def _writable(workdir: str) -> epath.Path:
+  path = folder_of(workdir)
+  probe = path / f'.writable-{jax.process_index()}'
+  # Buckets answer with errors of their own libraries.
   try:
     path.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=path).close()
-  except OSError as error:
+    probe.write_text('')
+    probe.unlink()
+  except Exception as error:
+    reason = (
+      getattr(error, 'strerror', None) or str(error).partition('\n')[0] or type(error).__name__
+    )
     raise InputError(
-      f'nothing can be written to {path} ({error.strerror}): pass another --workdir.'
+      f'nothing can be written to {path} ({reason}): pass another folder.'
+      if is_bucket(workdir)
+      else f'nothing can be written to {path} ({reason}): pass another --workdir.'
     ) from error
   return path
 
@@ -282,18 +291,53 @@ def config_digest(config: ml_collections.ConfigDict) -> str:
   return hashlib.sha256(_config_text(config).encode()).hexdigest()[:16]
 
 
-def local_folder(path: str) -> pathlib.Path:
-  """The absolute path of a folder on this machine's file systems.
+def is_bucket(path: str) -> bool:
+  """Whether a path is the address of a bucket and not of a folder of this machine."""
+  return '://' in str(path)
+
+
+def check_local(path: str) -> None:
+  """Refuses a bucket where only a folder of this machine can be.
 
   Raises:
-    InputError: a bucket's address.
+    InputError: saying what can be a bucket.
   """
-  if '://' in str(path):
+  if is_bucket(path):
     raise InputError(
-      f'{path} is not a folder: mount the bucket, for example with gcsfuse, and '
-      'pass the mounted folder.'
+      f'{path} is not a folder: mount the bucket, for example with gcsfuse, and pass the mounted folder; or set '
+      '--config.checkpoint.folder, which may be a bucket.'
     )
-  return pathlib.Path(path).expanduser().absolute()
+
+
+def folder_of(path: str) -> epath.Path:
+  """The absolute path of a folder, or a bucket's address; either is read and written in the same way.
+
+  Raises:
+    InputError: an address that is not of a bucket, or the library for it is missing.
+  """
+  if not is_bucket(path):
+    return epath.Path(path).expanduser().absolute()
+  if not str(path).startswith('gs://'):
+    raise InputError(
+      f'{path} is neither a folder nor a bucket: pass a folder or gs://BUCKET/FOLDER.'
+    )
+  if importlib.util.find_spec('gcsfs') is None:
+    raise InputError(f"{path} needs gcsfs: pip install -e '.[gcs]'.")
+  return epath.Path(path)
+
+
+def home(run: str) -> str:
+  """The folder of a run's checkpoints, which its config may have put into a bucket."""
+  file, config = folder_of(run) / 'config.json', {}
+  if file.exists():
+    with contextlib.suppress(ValueError):
+      config = json.loads(file.read_text())
+  return os.path.join(config.get('checkpoint', {}).get('folder') or run, 'checkpoints')
+
+
+def is_run(path: str) -> bool:
+  """Whether a path is the working directory of a run, or the bucket that holds its checkpoints."""
+  return folder_of(path).is_dir() and folder_of(home(path)).is_dir()
 
 
 @jax.jit
@@ -333,7 +377,7 @@ def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
 
 
 def _restore(
-  manager: ocp.CheckpointManager, folder: pathlib.Path, step: int, like: Mapping[str, Any]
+  manager: ocp.CheckpointManager, folder: epath.Path, step: int, like: Mapping[str, Any]
 ) -> dict[str, Any]:
   steps = sorted(manager.all_steps())
   if step not in steps:
@@ -358,7 +402,7 @@ def _restore(
   return found
 
 
-def _compare(path: pathlib.Path, item: str, stored: Any, like: Any) -> None:
+def _compare(path: epath.Path, item: str, stored: Any, like: Any) -> None:
   held, asked = _leaves(stored), _leaves(like)
   for name in sorted(held.keys() | asked.keys()):
     one, other = held.get(name, 'nothing'), asked.get(name, 'nothing')
@@ -376,7 +420,7 @@ def _leaves(tree: Any) -> dict[str, str]:
   }
 
 
-def _damaged(path: pathlib.Path, steps: list[int], reason: str) -> InputError:
+def _damaged(path: epath.Path, steps: list[int], reason: str) -> InputError:
   before = [step for step in steps if step < int(path.name)]
   mend = f'go on from step {before[-1]}' if before else 'start anew'
   reason = reason.strip().partition('\n')[0].partition('. See full')[0][:200]

@@ -32,7 +32,7 @@ from absl import flags
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from salt_jax.checkpoint import flattened
+from salt_jax.checkpoint import flattened, folder_of
 from salt_jax.errors import InputError, Preempted
 
 log = logging.getLogger('salt_jax.hosts')
@@ -215,6 +215,12 @@ def check_same(config: ConfigDict, workdir: str) -> None:
         )
 
 
+def wait(what: str) -> None:
+  """Waits until all hosts are here, each for `what`."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(what)
+
+
 def together(check: Callable[[], None]) -> None:
   """Runs a check that one host may fail alone, and has all hosts refuse then.
 
@@ -287,9 +293,9 @@ def check_shared(workdir: str) -> None:
   """
   if jax.process_count() == 1:
     return
-  mark = pathlib.Path(workdir, f'.shared-{secrets.token_hex(8)}')
+  mark = folder_of(workdir) / f'.shared-{secrets.token_hex(8)}'
   if jax.process_index() == 0:
-    mark.touch()
+    mark.write_text('')
   mark = mark.with_name(_everyone(mark.name.encode())[0].decode())
   end = time.monotonic() + _LEAVING
   # A network file system may show a new file late.

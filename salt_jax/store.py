@@ -22,8 +22,8 @@ import jax
 import ml_dtypes
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
-from jax.experimental import multihost_utils
 
+from salt_jax import hosts
 from salt_jax.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -216,16 +216,9 @@ def fill(folder: str, fields: dict, shards: int, facts: dict, make: Callable[[in
       writer.write(number, make(number))
       if done % 10 == 0 or done == len(todo):
         log.info('%s: %d of %d shards', folder, done, len(todo))
-    _wait_for_all(f'{folder} shards')
-    if jax.process_index() == 0:
-      writer.finish()
-    _wait_for_all(f'{folder} index')
+    hosts.wait(folder)
+    hosts.together(lambda: None if jax.process_index() else writer.finish())
   return folder
-
-
-def _wait_for_all(what: str) -> None:
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(what)
 
 
 class Store(grain.sources.RandomAccessDataSource):

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from salt_jax import evaluate, hosts, monitor, sharding, stages, weights
 from salt_jax import recipe as recipes
 from salt_jax import state as states
-from salt_jax.checkpoint import Checkpoints, check_config, config_digest, write_config
+from salt_jax.checkpoint import Checkpoints, check_config, check_local, config_digest, write_config
 from salt_jax.checks import check_batch
 from salt_jax.data import Feed
 from salt_jax.errors import InputError, Preempted
@@ -54,8 +54,11 @@ def run(config: ConfigDict, workdir: str) -> dict[str, int]:
   rec = recipes.build(config)
   mesh = sharding.make_mesh(config.mesh)
   check_batch(config.batch, mesh)
-  hosts.together(lambda: check_config(workdir, config, FREE))
-  hosts.check_shared(workdir)
+  root = config.checkpoint.folder or workdir
+  hosts.together(lambda: check_local(workdir))
+  for folder in dict.fromkeys((workdir, root)):
+    hosts.together(functools.partial(check_config, folder, config, FREE))
+  hosts.check_shared(root)
   with contextlib.closing(Notices()) as notices, hosts.holding(workdir):
     try:
       return _run(config, rec, mesh, workdir, notices)
@@ -68,6 +71,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, int]:
 
 
 def _run(config: ConfigDict, rec, mesh, workdir: str, notices: Notices) -> dict[str, int]:
+  root = config.checkpoint.folder or workdir
   stage = stages.build(config, rec, workdir)
   evaluate.check(config, rec)
   watch = monitor.watcher(config, rec, sharding.replicated(mesh))
@@ -75,7 +79,7 @@ def _run(config: ConfigDict, rec, mesh, workdir: str, notices: Notices) -> dict[
   shapes = states.shapes_of(stage.shapes, rec.optimizers, stage.averaged, stage.stream)
   like, placed = states.with_shardings(shapes, mesh, config)
   checkpoints = Checkpoints(
-    os.path.join(workdir, 'checkpoints'), config.checkpoint.every, config.checkpoint.keep
+    os.path.join(root, 'checkpoints'), config.checkpoint.every, config.checkpoint.keep
   )
   if checkpoints.latest_step() == 0:
     raise InputError(
@@ -118,7 +122,8 @@ def _run(config: ConfigDict, rec, mesh, workdir: str, notices: Notices) -> dict[
 
   def save(step):
     items = {'state': state.replace(ema={}), 'ema': state.ema}
-    write_config(workdir, config)
+    for folder in dict.fromkeys((workdir, root)):
+      write_config(folder, config)
     checkpoints.save(step, items, {'data_step': step, 'config': digest}, force=True)
 
   # Whatever stops the loop, a save in progress is waited for.
