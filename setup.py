@@ -53,6 +53,7 @@ setuptools.setup(
       'ftfy>=6.2',  # what the extra wan brings, for its tests
       'sentencepiece>=0.2',
       'tokenizers>=0.20',
+      'gcsfs>=2024.6',  # buckets, against a stand-in
       'av>=12.0',  # MP4 files are written and read back
     ],
   },

@@ -115,7 +115,7 @@ class Checkpoints:
       steps = ocp.utils.checkpoint_steps(self.folder)
       mend = f'goes on from step {max(steps)}' if steps else 'starts anew'
       raise InputError(
-        f'a checkpoint could not be written to {self.folder} ({_reason(error)}): make room there, and the same command '
+        f'a checkpoint could not be written to {self.folder} ({_reason(error)}): mend that, and the same command '
         f'{mend}.'
       ) from error
 

@@ -22,7 +22,7 @@ def environment(devices: int = 1, **changes: str) -> dict[str, str]:
     'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} {FAST}',
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
     'TF_CPP_MIN_LOG_LEVEL': '1',
-    'PYTHONPATH': str(ROOT),
+    'PYTHONPATH': os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH')))),
     **changes,
   }
 

@@ -6,6 +6,8 @@ import pathlib
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -14,7 +16,7 @@ from safetensors.numpy import load_file
 
 from salt_jax import hosts
 from salt_jax.errors import InputError
-from tests import processes, soak, tiny_config
+from tests import bucket, processes, soak, tiny_config
 
 STEPS = 4
 
@@ -216,93 +218,9 @@ def test_hosts_that_differ_are_refused_on_all_of_them(weights, tmp_path, kind):
   assert not (tmp_path / 'metrics.jsonl').exists()
 
 
-PIECES = """
-import os, sys, time
-import jax, numpy as np
-from absl import flags
-from salt_jax import checkpoint, cli, hosts, sharding, store
-from salt_jax.errors import InputError
-folder = os.environ['FOLDER']
-def mesh(**sizes):
-  return sharding.make_mesh(dict(data=1, fsdp=1, context=1, tensor=1) | sizes)
-def program():
-  with hosts.joined(flags.FLAGS):
-    me = jax.process_index()
-    rows(me), arrays(), stores(me), alone(me), folders(me)
-
-def rows(me):
-  # Where only the context is between hosts, both read every example.
-  for sizes, here in ((dict(context=4), range(8)), (dict(fsdp=4), range(4 * me, 4 * me + 4))):
-    sizes = mesh(**sizes)
-    mine = sharding.rows_here(8, sizes)
-    assert mine == tuple(here), mine
-    whole = np.arange(16).reshape(8, 2)
-    x = sharding.to_global({'x': whole[list(mine)]}, sizes)['x']
-    np.testing.assert_array_equal(sharding.to_host(x), whole)
-  # A mesh that follows the wires may give a host the first and the last block.
-  order = [jax.devices()[i] for i in (0, 2, 3, 1)]
-  mixed = sharding.make_mesh(dict(data=1, fsdp=4, context=1, tensor=1), order)
-  mine = sharding.rows_here(8, mixed)
-  assert mine == ((0, 1, 6, 7), (2, 3, 4, 5))[me], mine
-  x = sharding.to_global({'x': whole[list(mine)]}, mixed)['x']
-  np.testing.assert_array_equal(sharding.to_host(x), whole)
-
-def arrays():
-  # Slice after slice, along what is not split.
-  sharding._SLICE = 64
-  for shape, spec in (((6, 8), (None, 'fsdp')), ((8, 6), ('fsdp', None)), ((8,), ('fsdp',)), ((7, 5), ())):
-    value = np.random.default_rng(0).normal(size=shape).astype('float32')
-    placed = jax.sharding.NamedSharding(mesh(fsdp=4), jax.sharding.PartitionSpec(*spec))
-    x = jax.make_array_from_callback(shape, placed, lambda index: value[index])
-    np.testing.assert_array_equal(sharding.to_host({'x': x})['x'], value)
-
-def stores(me):
-  # The index is there when the first host returns, also when the host that writes it is slow.
-  finish = store.StoreWriter.finish
-  store.StoreWriter.finish = lambda self: (time.sleep(1), finish(self))
-  one = {'x': store.Field((2,), 'float32')}
-  store.fill(folder + '/store', one, 4, {}, lambda n: {'x': np.full((1, 2), n, 'float32')})
-  found = store.Store(folder + '/store', verify=True)
-  assert [found[i]['x'][0] for i in range(4)] == [0, 1, 2, 3]
-
-def alone(me):
-  # The first host reads a checkpoint, and the other has left for something else.
-  tree = sharding.to_global({'x': np.ones((4, 2), 'float32')}, mesh(fsdp=4))
-  saved = checkpoint.Checkpoints(folder + '/checkpoints')
-  saved.save(1, {'state': tree, 'ema': {'net': tree}}, {})
-  saved.close()
-  if me == 0:
-    np.testing.assert_array_equal(checkpoint.restore_network(folder + '/checkpoints', 'net_ema')['x'], 1)
-
-def folders(me):
-  hosts.check_shared(folder)
-  os.makedirs(f'{folder}/own-{me}', exist_ok=True)
-  for check, words in (
-    (lambda: hosts.check_shared(f'{folder}/own-{me}'), 'is not the folder that host 0 has there'),
-    (lambda: hosts.check_agreed('the newest checkpoint', me), 'is 1 on host 1 and 0 on host 0'),
-    (lambda: hosts.together(lambda: fails(me)), 'no room on one'),
-  ):
-    try:
-      check()
-    except InputError as error:
-      assert words in str(error), error
-    else:
-      raise AssertionError(words)
-
-def fails(me):
-  if me == 1:
-    raise InputError('no room on one')
-
-if __name__ == '__main__':
-  cli.run(program, lambda: hosts.define_flags('Join.'))
-"""
-
-
 def test_what_hosts_share(tmp_path):
   """Rows of the batch, whole arrays, stores, reading alone, and checks that only one host fails."""
-  program = tmp_path / 'pieces.py'
-  program.write_text(PIECES)
-  _run(2, [str(program)], tmp_path / 'logs', devices=2, FOLDER=str(tmp_path))
+  _run(2, ['-m', 'tests.host_pieces'], tmp_path / 'logs', devices=2, FOLDER=str(tmp_path))
 
 
 def test_a_second_run_is_kept_out_and_a_dead_one_is_not_in_the_way(tmp_path, monkeypatch):
@@ -333,8 +251,56 @@ def test_a_full_disk_is_named_and_the_run_goes_on_with_room(weights, one, tmp_pa
   assert code == 2, log[-3000:]
   (sentence,) = processes.sentences(log)
   assert sentence == (
-    f'a checkpoint could not be written to {tmp_path}/checkpoints (File too large): make room there, and the same '
+    f'a checkpoint could not be written to {tmp_path}/checkpoints (File too large): mend that, and the same '
     'command goes on from step 2.'
   )
   _run(1, command, tmp_path / 'logs', devices=2)
   _assert_same_run(one, tmp_path)
+
+
+BUCKET = 'gs://bucket/run'
+LOOK = """
+import sys
+import numpy as np
+from salt_jax import checkpoint, sources
+assert checkpoint.is_run(sys.argv[1]) and not checkpoint.is_run(sys.argv[1] + 'x')
+for run in sys.argv[1:]:
+  found = sources.open_source(run, '', 'dit')
+  np.savez(sys.argv[2] + '/found.npz', **{name: x.read() for name, x in found.tensors.items()})
+"""
+
+
+def test_a_killed_run_goes_on_elsewhere_from_the_bucket(weights, one, tmp_path):
+  """The second machine has none of the first one's files, and ends in the bits of a run without a bucket."""
+  there = bucket.Bucket()
+  place = f'--config.checkpoint.folder={BUCKET}'
+  first, second = tmp_path / 'first', tmp_path / 'second'
+  command = _command(weights, first, place)
+  group = processes.start(1, command, first / 'logs', 2, **there.environment())
+  processes.wait_for(lambda: 'run/checkpoints/2/commit_success.txt' in there.objects, group)
+  processes.kill(group[0])
+  assert 'run/config.json' in there.objects
+  command = _command(weights, second, place)
+  _run(1, command, second / 'logs', devices=2, **there.environment())
+  assert not (second / 'checkpoints').exists()
+  assert '"step": 3' in (second / 'metrics.jsonl').read_text().splitlines()[0]
+  a, b = load_file(_export(one)), load_file(_export(second))
+  for name in a:
+    np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+  # What reads runs reads the bucket, by its own address and by the folder of the run that filled it.
+  look = [sys.executable, '-c', LOOK, BUCKET, str(second)]
+  env = processes.environment(1, **there.environment())
+  subprocess.run(look, env=env, check=True, timeout=120)
+  found = np.load(second / 'found.npz')
+  for name in a:
+    np.testing.assert_array_equal(found[name], a[name], err_msg=name)
+
+
+def test_another_config_is_refused_by_what_lies_in_the_bucket(weights, tmp_path):
+  there = bucket.Bucket()
+  there.put('run/config.json', b'{"seed": 7}')
+  words = [f'--config.checkpoint.folder={BUCKET}', '--config.seed=1']
+  command = _command(weights, tmp_path, *words)
+  (log,) = _run(1, command, tmp_path / 'logs', codes=2, **there.environment())
+  (sentence,) = processes.sentences(log)
+  assert sentence.startswith('config.') and 'but the run in gs://bucket/run has' in sentence
