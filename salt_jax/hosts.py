@@ -32,8 +32,9 @@ from absl import flags
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from salt_jax.checkpoint import flattened, folder_of
+from salt_jax.checkpoint import flattened
 from salt_jax.errors import InputError, Preempted
+from salt_jax.places import folder_of
 
 log = logging.getLogger('salt_jax.hosts')
 

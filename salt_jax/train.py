@@ -14,11 +14,12 @@ from ml_collections import ConfigDict
 from salt_jax import evaluate, hosts, monitor, sharding, stages, weights
 from salt_jax import recipe as recipes
 from salt_jax import state as states
-from salt_jax.checkpoint import Checkpoints, check_config, check_local, config_digest, write_config
+from salt_jax.checkpoint import Checkpoints, check_config, config_digest, write_config
 from salt_jax.checks import check_batch
 from salt_jax.data import Feed
 from salt_jax.errors import InputError, Preempted
 from salt_jax.metrics import Progress, Writer, assert_finite, param_count, without_inactive
+from salt_jax.places import check_local
 from salt_jax.preemption import Notices
 
 log = logging.getLogger(__name__)

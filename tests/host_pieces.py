@@ -1,8 +1,12 @@
-"""What several hosts do with one another, in one program that each of them runs: python tests/host_pieces.py FLAGS."""
+"""What several hosts do with one another, in one program that each of them runs: python -m tests.host_pieces FLAGS."""
 
-import os, sys, time
-import jax, numpy as np
+import os
+import time
+
+import jax
+import numpy as np
 from absl import flags
+
 from salt_jax import checkpoint, cli, hosts, sharding, store
 from salt_jax.errors import InputError
 
@@ -16,7 +20,11 @@ def mesh(**sizes):
 def program():
   with hosts.joined(flags.FLAGS):
     me = jax.process_index()
-    rows(me), arrays(), stores(me), alone(me), folders(me)
+    rows(me)
+    arrays()
+    stores(me)
+    alone(me)
+    folders(me)
 
 
 def rows(me):
@@ -48,7 +56,7 @@ def arrays():
   ):
     value = np.random.default_rng(0).normal(size=shape).astype('float32')
     placed = jax.sharding.NamedSharding(mesh(fsdp=4), jax.sharding.PartitionSpec(*spec))
-    x = jax.make_array_from_callback(shape, placed, lambda index: value[index])
+    x = jax.make_array_from_callback(shape, placed, lambda index, value=value: value[index])
     np.testing.assert_array_equal(sharding.to_host({'x': x})['x'], value)
 
 

@@ -262,8 +262,8 @@ BUCKET = 'gs://bucket/run'
 LOOK = """
 import sys
 import numpy as np
-from salt_jax import checkpoint, sources
-assert checkpoint.is_run(sys.argv[1]) and not checkpoint.is_run(sys.argv[1] + 'x')
+from salt_jax import places, sources
+assert places.is_run(sys.argv[1]) and not places.is_run(sys.argv[1] + 'x')
 for run in sys.argv[1:]:
   found = sources.open_source(run, '', 'dit')
   np.savez(sys.argv[2] + '/found.npz', **{name: x.read() for name, x in found.tensors.items()})
