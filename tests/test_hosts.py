@@ -1,5 +1,6 @@
 """Several hosts on one machine: as one, lost ones, SIGTERM, and what is refused on all of them."""
 
+import http.server
 import json
 import os
 import pathlib
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -148,14 +150,43 @@ def test_sigterm_twice_leaves_at_once(weights, one, tmp_path):
   (process,) = processes.start(1, command, tmp_path / 'logs', devices=2)
   lines = tmp_path / 'metrics.jsonl'
   processes.wait_for(lambda: lines.exists() and lines.stat().st_size, [process])
-  # While it is stopped, both signals wait, so that it cannot save between them.
   process.send_signal(signal.SIGTERM)
+  # Two that come at once are one.
   process.send_signal(signal.SIGTERM)
   time.sleep(0.02)
   process.send_signal(signal.SIGTERM)
   (code,), (log,) = processes.ended([process], tmp_path / 'logs', limit=30)
   assert code == 143, log[-2000:]
   assert 'left without saving' in processes.sentences(log)[-1]
+
+
+def test_a_notice_of_the_metadata_server_is_heard_like_sigterm(weights, one, tmp_path):
+  """The machine's own SIGTERM then follows, and is not taken for a second one."""
+  answer = {'maintenanceEvent': 'MIGRATE_ON_HOST_MAINTENANCE', 'preempted': 'FALSE'}
+
+  class Metadata(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+      assert self.headers['Metadata-Flavor'] == 'Google' and self.path.endswith('?recursive=true')
+      self.send_response(200)
+      self.end_headers()
+      self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, *args):
+      pass
+
+  server = http.server.ThreadingHTTPServer(('localhost', 0), Metadata)
+  threading.Thread(target=server.serve_forever, daemon=True).start()
+  command = _command(weights, tmp_path, '--config.checkpoint.every=1000', steps=100000)
+  place = f'localhost:{server.server_port}'
+  group = processes.start(1, command, tmp_path / 'logs', devices=2, GCE_METADATA_HOST=place)
+  lines, log = tmp_path / 'metrics.jsonl', tmp_path / 'logs' / 'host-0.log'
+  processes.wait_for(lambda: lines.exists() and lines.read_text().count('\n') > 1, group)
+  answer.update(maintenanceEvent='TERMINATE_ON_HOST_MAINTENANCE')
+  processes.wait_for(lambda: 'SIGTERM' in log.read_text(), group)
+  group[0].send_signal(signal.SIGTERM)
+  (code,), (text,) = processes.ended(group, tmp_path / 'logs')
+  server.shutdown()
+  assert code == 75, text[-2000:]
 
 
 @pytest.mark.parametrize(
