@@ -9,7 +9,7 @@ from absl import flags
 from jaxtyping import Array, PyTree, UInt8
 from ml_collections import ConfigDict
 
-from salt_jax import codec, stages, teacher
+from salt_jax import codec, hosts, stages, teacher
 from salt_jax.checks import MAX_STEPS
 from salt_jax.diffusion import multistep
 from salt_jax.errors import InputError
@@ -17,7 +17,6 @@ from salt_jax.recipe import Recipe
 from salt_jax.sharding import over_local_devices
 
 STEPS = 4  # of a student, by default
-_PATIENCE = 24 * 3600  # seconds that a process that is done waits for the others to leave
 
 
 class Generator(NamedTuple):
@@ -110,9 +109,7 @@ def define_flags(samples: int) -> None:
   flags.DEFINE_integer(
     'seed', 0, 'Number of the first noise.', lower_bound=0, upper_bound=2**31 - 2**20
   )
-  flags.DEFINE_bool(
-    'multihost', False, 'Join the other hosts of a slice; each makes its share of the clips.'
-  )
+  hosts.define_flags('Join the other hosts of a slice; each makes its share of the clips.')
 
 
 def check(args: flags.FlagValues) -> None:
@@ -140,9 +137,3 @@ def check(args: flags.FlagValues) -> None:
     )
   if args.shift is not None and not 0 < args.shift < np.inf:
     raise InputError(f'--shift={args.shift} must be positive: 1 leaves the grid as it is.')
-
-
-def join(args: flags.FlagValues) -> None:
-  """With --multihost, joins the other processes; the first to be done may leave a day before the last."""
-  if args.multihost:
-    jax.distributed.initialize(shutdown_timeout_seconds=_PATIENCE)

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt8
 from ml_collections import ConfigDict
 
-from salt_jax import images, recipe, video, weights
+from salt_jax import images, places, recipe, video, weights
 from salt_jax.checks import FEW_STEP
 from salt_jax.errors import InputError
 from salt_jax.models import wan
@@ -24,7 +24,7 @@ def load(path: str, given: ConfigDict | None = None) -> tuple[ConfigDict, Recipe
   Raises:
     InputError: nothing there, damaged, or of a stage without a few-step student.
   """
-  if given is None and os.path.isdir(path):
+  if given is None and places.folder_of(path).is_dir():
     config = weights.config_of_run(path)
     rec = _student_recipe(config, path)
     return (
@@ -105,7 +105,7 @@ def load_teacher(
   """
   if given is not None:
     return _published(path, given)
-  folder = os.path.isdir(path)
+  folder = places.folder_of(path).is_dir()
   config = weights.config_of_run(path) if folder else weights.config_of(weights.resolve(path))
   if config.get('stage') != 'flow':
     raise InputError(

@@ -25,7 +25,7 @@ from absl import flags
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 from ml_collections import ConfigDict
 
-from salt_jax import cli, generate, precompute, recipe, stages, video, weights
+from salt_jax import cli, generate, hosts, precompute, recipe, stages, video, weights
 from salt_jax import teacher as teacher_model
 from salt_jax.checks import MAX_STEPS
 from salt_jax.diffusion import flow, rollout, solvers, streaming
@@ -366,10 +366,14 @@ def _check_stream(args) -> None:
 def program() -> None:
   args = flags.FLAGS
   _check(args)
-  generate.join(args)
   if args.stream:
     _stream(args)
     return
+  with hosts.joined(args):
+    _write(args)
+
+
+def _write(args: flags.FlagValues) -> None:
   made = generator(args, args.prompt)
   prompts = [prompt for prompt in args.prompt for _ in range(args.samples)]
   began = time.monotonic()

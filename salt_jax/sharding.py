@@ -8,6 +8,7 @@ A rule is one of
 and the first pattern found in an array's '/'-joined path decides.
 """
 
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from salt_jax.models.axes import AXES, BATCH
 
 # For each rule by name, the dimension from the end that `tensor` splits.
 _TENSOR = {'fsdp': None, 'columns': 1, 'rows': 2}
+_SLICE = 2**28  # bytes of an array of several hosts that are put together at once
 
 Rule = str | tuple[str | tuple[str, ...] | None, ...]
 
@@ -99,26 +101,91 @@ def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
   """Joins each process's rows into global arrays that are sharded over data and fsdp.
 
   Args:
-    batch: this process's examples, [rows, ...] for every key.
+    batch: this process's examples in the order of `rows_here`, [rows, ...] for every key.
     mesh: the mesh of `make_mesh`.
 
   Raises:
     InputError: the rows cannot be split evenly over data x fsdp.
   """
-  sharding = batch_sharding(mesh)
+  shards, here = _blocks(mesh)
+  return {name: _joined(name, np.asarray(rows), shards, here, mesh) for name, rows in batch.items()}
+
+
+def _joined(name: str, rows: np.ndarray, shards: int, here: list[int], mesh: Mesh) -> jax.Array:
+  if len(rows) % len(here):
+    raise InputError(
+      f"'{name}': a batch of {len(rows) * shards // len(here)} cannot be split over data x fsdp = "
+      f'{shards} shards; make the batch a multiple of {shards}.'
+    )
+  each = len(rows) // len(here)
+
+  def part(index):
+    at = here.index((index[0].start or 0) // each) * each
+    return rows[at : at + each]
+
+  shape = (each * shards, *rows.shape[1:])
+  return jax.make_array_from_callback(shape, batch_sharding(mesh), part)
+
+
+def _blocks(mesh: Mesh) -> tuple[int, list[int]]:
+  """Into how many blocks a batch's rows are split, and which of them this process's devices hold."""
   shards = math.prod(mesh.shape[axis] for axis in BATCH)
-  spans = sharding.addressable_devices_indices_map((shards,)).values()
-  held = len({span[0].start for span in spans})
-  for name, rows in batch.items():
-    if len(rows) % held:
-      raise InputError(
-        f"'{name}': a batch of {len(rows) * shards // held} cannot be split over data x fsdp = "
-        f'{shards} shards; make the batch a multiple of {shards}.'
-      )
-  return {
-    name: jax.make_array_from_process_local_data(sharding, np.asarray(rows))
-    for name, rows in batch.items()
-  }
+  spans = batch_sharding(mesh).addressable_devices_indices_map((shards,)).values()
+  return shards, sorted({span[0].start or 0 for span in spans})
+
+
+def rows_here(batch: int, mesh: Mesh) -> tuple[int, ...]:
+  """Rows of a global batch that this process's devices hold, in order.
+
+  Processes hold the same rows where only `context` or `tensor` is between them, and a mesh that follows the wires of a
+  slice need not number its devices process after process.
+
+  Raises:
+    InputError: the batch cannot be split evenly.
+  """
+  shards, here = _blocks(mesh)
+  if batch % shards:
+    raise InputError(f'a batch of {batch} cannot be split over data x fsdp = {shards} shards.')
+  each = batch // shards
+  return tuple(row for block in here for row in range(block * each, (block + 1) * each))
+
+
+def to_host(tree: Any) -> Any:
+  """Whole arrays on every host, also of what is spread over several.
+
+  All processes take part. An array that no process holds whole comes slice after slice, so that a device never has to
+  hold it whole either.
+  """
+  return jax.tree.map(_whole, tree)
+
+
+def _whole(x: jax.Array) -> np.ndarray:
+  if x.is_fully_addressable or x.is_fully_replicated:
+    return np.asarray(x)
+  spec = (*x.sharding.spec, *(None,) * (x.ndim - len(x.sharding.spec)))
+  free = [(length, axis) for axis, length in enumerate(x.shape) if spec[axis] is None]
+  if not free or x.nbytes <= _SLICE:
+    return np.asarray(_replicated(x.sharding.mesh)(x))
+  length, axis = max(free)
+  # As many slices as it takes, of one length, so that there is one program.
+  size = max(1, length * _SLICE // x.nbytes)
+  while length % size:
+    size -= 1
+  take = _slices(x.sharding.mesh, axis, size)
+  return np.concatenate([np.asarray(take(x, np.int32(at))) for at in range(0, length, size)], axis)
+
+
+@functools.cache
+def _replicated(mesh: Mesh):
+  return jax.jit(lambda x: x, out_shardings=replicated(mesh))
+
+
+@functools.cache
+def _slices(mesh: Mesh, axis: int, size: int):
+  def take(x, start):
+    return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+
+  return jax.jit(take, out_shardings=replicated(mesh))
 
 
 def over_local_devices(batch: Any) -> Any:

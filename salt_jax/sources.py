@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from salt_jax import checkpoint, convert, pickles, tensor_files
+from salt_jax import checkpoint, convert, pickles, places, tensor_files
 from salt_jax.errors import InputError
 from salt_jax.tensor_files import Tensor
 
@@ -52,7 +52,7 @@ def open_source(path: str, entry: str = '', network: str = 'dit', default: str =
   Raises:
     InputError: nothing there, damaged, not what its checksum says, or a part is to be named.
   """
-  if os.path.isdir(os.path.join(path, 'checkpoints')):
+  if places.is_run(path):
     return _open_run(path, entry, network)
   if os.path.isdir(path):
     path = _only_file(path)
@@ -156,13 +156,12 @@ def _tensors(value: Any) -> dict[str, Tensor]:
 
 
 def _open_run(path: str, entry: str, network: str) -> Source:
-  file = os.path.join(path, 'config.json')
+  file = places.folder_of(path) / 'config.json'
   try:
-    with open(file, encoding='utf-8') as stored:
-      config = ConfigDict(json.load(stored), convert_dict=True)
+    config = ConfigDict(json.loads(file.read_text()), convert_dict=True)
   except (OSError, ValueError) as error:
     raise InputError(f'{file} is not there or damaged; pass the workdir of a run.') from error
-  folder = os.path.join(path, 'checkpoints')
+  folder = places.home(path)
   known = checkpoint.entries(folder)
   averaged = [name for name in known if name.endswith('_ema')]
   if not entry and len(averaged) > 1:

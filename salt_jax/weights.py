@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from salt_jax import checkpoint, convert, tensor_files
+from salt_jax import checkpoint, convert, places, tensor_files
 from salt_jax.errors import InputError
 from salt_jax.models import clip, text, unigram, vae, wan
 
@@ -56,7 +56,7 @@ def require(config: ConfigDict, names: Sequence[str]) -> None:
 
 
 def _is_there(path: str) -> bool:
-  return os.path.isfile(path) or os.path.isdir(os.path.join(path, 'checkpoints'))
+  return os.path.isfile(path) or places.is_run(path)
 
 
 def shapes(network: str, cfg) -> PyTree:
@@ -77,9 +77,9 @@ def load(path: str, network: str, cfg) -> PyTree:
     InputError: a missing, damaged or other-sized file.
   """
   path, like = resolve(path), shapes(network, cfg)
-  if not os.path.isdir(path):
+  if not places.folder_of(path).is_dir():
     return convert.load_params(path, network, like)
-  folder = os.path.join(path, 'checkpoints')
+  folder = places.home(path)
   found = checkpoint.entries(folder)
   entry = next((name for name in _AVERAGED[network] if name in found), None)
   if entry is None:
@@ -133,15 +133,13 @@ def config_of_run(path: str) -> ConfigDict:
   Raises:
     InputError: if there is none, or it is damaged.
   """
-  file = os.path.join(path, 'config.json')
-  if not os.path.isfile(file):
+  file = places.folder_of(path) / 'config.json'
+  if not file.exists():
     raise InputError(
       f'{path} has no config.json: pass the workdir of a run that has saved a checkpoint.'
     )
-  with open(file, encoding='utf-8') as f:
-    text = f.read()
   try:
-    return ConfigDict(json.loads(text), convert_dict=True)
+    return ConfigDict(json.loads(file.read_text()), convert_dict=True)
   except ValueError as error:
     raise InputError(f'{file} is damaged ({error}): pass a file that the run exported.') from error
 
@@ -154,4 +152,4 @@ def averaged(workdir: str, shapes: PyTree) -> PyTree:
   """
   home = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home), shapes)
-  return checkpoint.restore_ema(os.path.join(workdir, 'checkpoints'), like)
+  return checkpoint.restore_ema(places.home(workdir), like)

@@ -109,7 +109,33 @@ WRONG_COMMANDS = {
     (['--confg=1'], "Unknown command line flag 'confg'. Did you mean: config ?"),
     ([NANO, 'extra'], 'the argument "extra" is unknown; flags start with --.'),
     ([NANO, '--workdir=LICENSE/run'], 'LICENSE/run (Not a directory): pass another --workdir.'),
-    ([NANO, '--workdir=gs://bucket/run'], 'gs://bucket/run is not a folder: mount the bucket'),
+    (
+      [NANO, '--workdir=gs://bucket/run'],
+      'gs://bucket/run is not a folder: mount the bucket, for example with gcsfuse, and pass the mounted folder; or '
+      'set --config.checkpoint.folder, which may be a bucket.',
+    ),
+    (
+      [NANO, '--config.checkpoint.folder=s3://bucket/run'],
+      's3://bucket/run is neither a folder nor a bucket: pass a folder or gs://BUCKET/FOLDER.',
+    ),
+    (
+      [NANO, '--host=0', '--host_count=2'],
+      '--host_count, --host is for several hosts: pass --multihost too.',
+    ),
+    (
+      [NANO, '--multihost', '--coordinator=localhost:1', '--host=0'],
+      '--coordinator, --host: --host and --host_count go together.',
+    ),
+    (
+      [NANO, '--multihost', '--coordinator=localhost:1', '--host=2', '--host_count=2'],
+      '--host=2 must be below --host_count=2: hosts are numbered from 0.',
+    ),
+    (
+      [NANO, '--multihost', '--coordinator=localhost', '--host=0', '--host_count=2'],
+      '--coordinator=localhost has no port: give ADDRESS:PORT of host 0.',
+    ),
+    ([NANO, '--multihost', '--host=x'], "--host=x: a whole number is needed, not 'x'"),
+    ([NANO, '--heartbeat=1'], '--heartbeat=1'),
     ([NANO, '--config.mesh.data=3'], 'does not make up 1 devices'),
     ([NANO, '--config.seed=-1'], 'seed=-1 must be zero or positive.'),
   ),
@@ -307,6 +333,7 @@ def test_mp4_without_pyav_is_refused_before_anything_is_loaded(programs, monkeyp
     (['main', NANO, '--config.nosuch=1'], ['has no key "nosuch"']),
     (['main', NANO, '--config.video.frames=80'], ['video.frames=80 must be 4n + 1, such as 81.']),
     (['sample', '--checkpoint=configs', '--prompt=a bag'], ['configs has no config.json']),
+    (['main', NANO, '--multihost'], ['hosts cannot be found from here: pass --coordinator=ADDRESS:PORT, --host_count']),
     (
       ['main', '--config={root}/configs/selfforcing.py'],
       [
