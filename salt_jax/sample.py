@@ -402,7 +402,7 @@ def _stream(args: flags.FlagValues) -> None:
   batch = ids[:count], mask[:count], args.seed + np.arange(count, dtype=np.int32)
   if image is not None:
     fields = _given(config, rec, first, image)
-    batch += tuple(jnp.repeat(x, count, axis=0) for x in fields)
+    batch += tuple(np.repeat(np.asarray(x), count, axis=0) for x in fields)
   began = time.monotonic()
   parts = []
   for part in stream(rec, params, frozen, frozen['vae'], batch, args.steps or STEPS, switches):
