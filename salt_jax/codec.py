@@ -2,8 +2,8 @@
 
 Between parts the causal convolutions carry their last two frames on, so a video in parts is the whole video but for the
 order of float32 sums. Where a single latent frame is large, it is besides split over this process's devices: each
-convolution fetches its neighbours' edges, and the one attention, over a whole frame, gathers keys and values. Nothing is
-approximated, as it would be in tiles that are decoded by themselves.
+convolution fetches its neighbours' edges, and the one attention, over a whole frame, gathers keys and values. Nothing
+is approximated, as it would be in tiles that are decoded by themselves.
 """
 
 import functools

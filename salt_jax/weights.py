@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from salt_jax import checkpoint, convert, tensor_files
+from salt_jax import checkpoint, convert, run_weights, tensor_files
 from salt_jax.errors import InputError
 from salt_jax.models import clip, text, unigram, vae, wan
 
@@ -84,12 +84,12 @@ def load(path: str, network: str, cfg) -> PyTree:
   entry = next((name for name in _AVERAGED[network] if name in found), None)
   if entry is None:
     raise InputError(f'{path} is a run without an averaged {network}; it has {", ".join(found)}.')
-  params = jax.tree.map(np.asarray, checkpoint.restore_network(folder, entry))
+  tree = run_weights.load(folder, entry)
   try:
-    convert.check(params, like)
+    convert.check(tree, like)
   except InputError as error:
     raise InputError(f'{path}: {error}') from error
-  return params
+  return convert.read(tree, np.float32)
 
 
 def narrowed(params: PyTree, dtype: str) -> PyTree:
