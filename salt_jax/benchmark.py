@@ -282,7 +282,8 @@ def export(args: flags.FlagValues) -> None:
   video.require_pyav('--vbench')
   _check_folder(args.output, wanted)
   generate.join(args)
-  made = sample.generator(args, [item.text for item in wanted], seed=args.seed)
+  texts = [item.text for item in wanted]
+  made = sample.generator(args, texts, seed=args.seed, pictures=False)
   _check_record(args.output, record(made, wanted, args))
   _write(made, wanted, args)
 

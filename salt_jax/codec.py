@@ -73,18 +73,37 @@ def decode(
     cfg: sizes.
     part: latent frames at once, by default what `latents_at_once` says.
   """
-  part = part or latents_at_once(*latents.shape[2:4])
-  where = _split(len(latents), *latents.shape[2:4])
 
   def run(params, latents):
-    features, parts = {}, []
-    for start in range(0, latents.shape[1], part):
-      some = latents[:, start : start + part]
-      pixels, features = _decode_part(params, some, features, cfg, start == 0, where)
-      parts.append(np.asarray(pixels))
-    return np.concatenate(parts, axis=1)
+    return decode_next(params, latents, {}, cfg, True, part)[0]
 
+  where = _split(len(latents), *latents.shape[2:4])
   return np.concatenate(_grouped(run, params, latents, where))
+
+
+def decode_next(
+  params: PyTree,
+  latents: Float[Array, 'b f h w z'],
+  features: PyTree,
+  cfg: vae.VAEConfig,
+  first: bool,
+  part: int = 0,
+) -> tuple[UInt8[np.ndarray, 'b t h w 3'], PyTree]:
+  """The next frames of a video, and the features for those behind them; arguments as for `decode`.
+
+  Args:
+    features: what the call before returned; it is donated. For the first call {}.
+    first: whether the video begins here.
+  """
+  part = part or latents_at_once(*latents.shape[2:4])
+  where, parts = _split(len(latents), *latents.shape[2:4]), []
+  if where is not None:
+    params, latents = jax.device_put((params, latents), (replicated(where.mesh), where))
+  for start in range(0, latents.shape[1], part):
+    some, begins = latents[:, start : start + part], first and start == 0
+    pixels, features = _decode_part(params, some, features, cfg, begins, where)
+    parts.append(np.asarray(pixels))
+  return np.concatenate(parts, axis=1), features
 
 
 def _encode(
