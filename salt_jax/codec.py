@@ -6,6 +6,7 @@ convolution fetches its neighbours' edges, and the one attention, over a whole f
 is approximated, as it would be in tiles that are decoded by themselves.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 
@@ -35,6 +36,11 @@ def _split(clips: int, rows: int, columns: int) -> NamedSharding | None:
   if latents_at_once(rows, columns) > 1 or len(jax.local_devices()) == 1:
     return None
   return over_space(clips, rows, columns)
+
+
+def _mesh_of(where: NamedSharding | None):
+  """A caller may have set a mesh of its own."""
+  return contextlib.nullcontext() if where is None else jax.set_mesh(where.mesh)
 
 
 def _lying(tree: PyTree, where: NamedSharding | None) -> PyTree:
@@ -101,7 +107,8 @@ def decode_next(
     params, latents = jax.device_put((params, latents), (replicated(where.mesh), where))
   for start in range(0, latents.shape[1], part):
     some, begins = latents[:, start : start + part], first and start == 0
-    pixels, features = _decode_part(params, some, features, cfg, begins, where)
+    with _mesh_of(where):
+      pixels, features = _decode_part(params, some, features, cfg, begins, where)
     parts.append(np.asarray(pixels))
   return np.concatenate(parts, axis=1), features
 
@@ -115,7 +122,8 @@ def _encode(
   def run(params, clips):
     features, made = {}, []
     for number, pixels in enumerate(parts(clips)):
-      latents, features = _encode_part(params, pixels, features, cfg, number == 0, where)
+      with _mesh_of(where):
+        latents, features = _encode_part(params, pixels, features, cfg, number == 0, where)
       made.append(latents)
     return jnp.concatenate(made, axis=1)
 

@@ -22,10 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 from ml_collections import ConfigDict
 
-from salt_jax import cli, codec, generate, precompute, recipe, stages, video, weights
+from salt_jax import cli, codec, generate, precompute, recipe, sharding, stages, video, weights
 from salt_jax import teacher as teacher_model
 from salt_jax.checks import MAX_STEPS
 from salt_jax.diffusion import flow, rollout, solvers, streaming
@@ -35,7 +36,6 @@ from salt_jax.loading import first_image, fitted, load, load_teacher
 from salt_jax.models import rope, wan
 from salt_jax.models.prompt import Prompt
 from salt_jax.recipe import Recipe
-from salt_jax.sharding import on_local_devices, split_locally
 from salt_jax.step import conditioning
 
 log = logging.getLogger('salt_jax.sample')
@@ -283,7 +283,7 @@ def generator(
   frozen |= {
     'text': weights.narrowed(networks.get('text', frozen.get('text')), rec.text.dtype)
   } | _negative(args, config, rec)
-  params, frozen = _placed(config, cfg, networks['dit'], frozen)
+  mesh, params, frozen = _placed(config, cfg, networks['dit'], frozen)
   if many:
     chosen = teacher_model.settings(args, config)
     run = teacher_model.sampler(rec, cfg, frozen, recipe.latent_shape(config))(params, chosen)
@@ -292,18 +292,21 @@ def generator(
     run = student(rec, frozen)(params, args.steps or STEPS)
     protocol = {'solver': 'student', 'steps': args.steps or STEPS}
   made = {'generator': params, 'text': frozen['text'], 'vae': frozen['vae']}
-  draw = generate.drawer(rec, run, frozen['vae'], given_image)
+  draw = generate.drawer(rec, run, frozen['vae'], given_image, mesh)
   return Generator(config, rec, made, draw, protocol)
 
 
 def _placed(
   config: ConfigDict, cfg: wan.WanConfig, params: PyTree, frozen: dict
-) -> tuple[PyTree, dict]:
-  """A DiT and what serves it over this process's devices: split by the config's rules, but the VAE copied."""
+) -> tuple[Mesh, PyTree, dict]:
+  """A mesh of this process's devices, and over it a DiT and what serves it, by the config's rules but the VAE whole."""
+  mesh = sharding.local_mesh(config.mesh)
   rest = {name: x for name, x in frozen.items() if name != 'vae'}
   given = rest | {'generator': weights.narrowed(params, cfg.dtype)}
-  split = split_locally(given, config.mesh, config.rules, config.shard_min_size)
-  return split.pop('generator'), split | {'vae': on_local_devices(frozen['vae'])}
+  where = sharding.shardings(given, mesh, config.rules, config.shard_min_size)
+  where['vae'] = sharding.replicated(mesh)
+  split = jax.device_put(given | {'vae': frozen['vae']}, where)
+  return mesh, split.pop('generator'), split
 
 
 def _given(config: ConfigDict, rec: Recipe, first: Array, image: np.ndarray) -> tuple[Array, ...]:
@@ -395,7 +398,7 @@ def _stream(args: flags.FlagValues) -> None:
   if image is not None:
     config, rec, first = fitted(config, rec, image)
   frozen = stages.serving(config, rec, 'text', 'vae')
-  params, frozen = _placed(config, rec.model, params, frozen)
+  mesh, params, frozen = _placed(config, rec.model, params, frozen)
   ids, mask = stages.tokenizer(config, rec)(list(args.prompt))
   switches = [
     Switch(frame, ids[i : i + 1], mask[i : i + 1], args.global_sink)
@@ -408,9 +411,10 @@ def _stream(args: flags.FlagValues) -> None:
     batch += tuple(np.repeat(np.asarray(x), count, axis=0) for x in fields)
   began = time.monotonic()
   parts = []
-  for part in stream(rec, params, frozen, frozen['vae'], batch, args.steps or STEPS, switches):
-    parts.append(part)
-    log.info('%d frames after %.2f s', sum(p.shape[1] for p in parts), time.monotonic() - began)
+  with jax.set_mesh(mesh):
+    for part in stream(rec, params, frozen, frozen['vae'], batch, args.steps or STEPS, switches):
+      parts.append(part)
+      log.info('%d frames after %.2f s', sum(p.shape[1] for p in parts), time.monotonic() - began)
   for i, clip in enumerate(np.concatenate(parts, axis=1)):
     path = _path(args.output, i, count)
     video.write(path, clip, config.video.fps)

@@ -139,23 +139,15 @@ def on_local_devices(tree: Any) -> Any:
   return jax.device_put(tree, NamedSharding(_local_mesh(), PartitionSpec()))
 
 
-def split_locally(
-  tree: Any, axes: Mapping[str, int], rules: Sequence[tuple[str, Rule]], min_size: int = 2**16
-) -> Any:
-  """Parameters over this process's devices as a config lays them over all of them, to go with `over_local_devices`.
+def local_mesh(axes: Mapping[str, int]) -> Mesh:
+  """This process's devices, over which parameters are split as a config splits them over all devices.
 
-  Whatever axis splits parameters there is `fsdp` here, as far as this process has devices for it.
+  Whatever axis splits parameters there is `fsdp` here, as far as this process has devices for it; the rest is `data`,
+  and examples lie over both.
 
   Args:
-    tree: arrays on the host or a device.
     axes: sizes as for `make_mesh`.
-    rules, min_size: as for `shardings`.
   """
-  mesh = _local_mesh_of(axes)
-  return jax.device_put(tree, shardings(tree, mesh, rules, min_size))
-
-
-def _local_mesh_of(axes: Mapping[str, int]) -> Mesh:
   devices = np.array(jax.local_devices())
   sizes = [size for axis, size in axes.items() if axis != 'data']
   parts = len(devices) if -1 in sizes else math.gcd(math.prod(sizes), len(devices))

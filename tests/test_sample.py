@@ -51,11 +51,11 @@ def test_a_stream_equals_the_whole_clip(world, window):
 def drawn(config, networks, frozen):
   """Clips 0, 1 and 7 of a teacher in two steps, and the share of its parameters on the first device."""
   rec = recipe.build(config)
-  params, placed = sample._placed(config, rec.teacher, networks, frozen)
+  mesh, params, placed = sample._placed(config, rec.teacher, networks, frozen)
   chosen = teacher.Settings('euler', 2, 5.0, 3.0)
   shape = recipe.latent_shape(config)
   run = teacher.sampler(rec, rec.teacher, placed, shape)(params, chosen)
-  draw = generate.drawer(rec, run, placed['vae'], ())
+  draw = generate.drawer(rec, run, placed['vae'], (), mesh)
   made = generate.Generator(config, rec, {}, draw, {})
   clips = dict(generate.clips(made, [(0, PROMPTS[0]), (1, PROMPTS[1]), (7, PROMPTS[0])], 1))
   assert list(clips) == [0, 1, 7]
