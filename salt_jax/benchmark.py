@@ -281,8 +281,9 @@ def export(args: flags.FlagValues) -> None:
   wanted = items(args.vbench, args.extended, args.samples, args.flicker_samples)
   video.require_pyav('--vbench')
   _check_folder(args.output, wanted)
+  texts = [item.text for item in wanted]
   with hosts.joined(args):
-    made = sample.generator(args, [item.text for item in wanted], seed=args.seed)
+    made = sample.generator(args, texts, seed=args.seed, pictures=False)
     _check_record(args.output, record(made, wanted, args))
     _write(made, wanted, args)
 

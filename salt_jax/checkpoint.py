@@ -9,7 +9,7 @@ the fingerprints kept in `info` do.
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +24,7 @@ from salt_jax.errors import InputError
 from salt_jax.places import folder_of, is_bucket
 
 ITEMS = ('state', 'ema')
+_CHUNK_BYTES = 2**26  # of an array that are stored together; Orbax cuts the first axis first
 
 
 class Checkpoints:
@@ -74,7 +75,7 @@ class Checkpoints:
     if jax.default_backend() == 'cpu':
       # There the host's view is the device's own memory: the writer would hold what is to be donated.
       items = jax.block_until_ready(_copied(dict(items)))
-    args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+    args = {name: ocp.args.StandardSave(tree, _in_layers(tree)) for name, tree in items.items()}
     args['info'] = ocp.args.JsonSave(dict(info) | {'step': int(step), 'fingerprints': prints})
     with self._writing():
       return self._manager.save(step, args=ocp.args.Composite(**args), force=force)
@@ -130,7 +131,7 @@ def restore_ema(folder: str, like: Any, step: int | None = None) -> Any:
   Raises:
     InputError: nothing there, another size, or damaged files.
   """
-  with _reading(folder) as (manager, newest):
+  with reading(folder) as (manager, newest):
     step = newest if step is None else step
     return _restore(manager, folder_of(folder), step, {'ema': like})['ema']
 
@@ -141,35 +142,13 @@ def entries(folder: str) -> list[str]:
   Raises:
     InputError: nothing there.
   """
-  with _reading(folder) as (manager, step):
-    averaged, trained = _networks(manager, step)
+  with reading(folder) as (manager, step):
+    averaged, trained = networks(manager, step)
     return [f'{name}_ema' for name in averaged] + list(trained)
 
 
-def restore_network(folder: str, entry: str) -> Any:
-  """Reads one network of a run's newest checkpoint onto the host, whatever its sizes.
-
-  Args:
-    folder: the checkpoints of a run.
-    entry: one of `entries`; an averaged network is compared with its fingerprint, the others have
-      none of their own.
-
-  Raises:
-    InputError: nothing there, no such entry, or damaged files.
-  """
-  with _reading(folder) as (manager, step):
-    path = folder_of(folder)
-    averaged, trained = _networks(manager, step)
-    if entry in trained:
-      return _restore_part(path / str(step), entry, _on_host(trained[entry]))
-    name = entry.removesuffix('_ema')
-    if name == entry or name not in averaged:
-      raise InputError(f'{path} has no {entry}; name one of {", ".join(entries(folder))}.')
-    return _restore(manager, path, step, {'ema': _on_host(averaged)})['ema'][name]
-
-
 @contextlib.contextmanager
-def _reading(folder: str) -> Iterator[tuple[ocp.CheckpointManager, int]]:
+def reading(folder: str) -> Iterator[tuple[ocp.CheckpointManager, int]]:
   """The manager of a run's checkpoints, and the newest step; changes nothing."""
   path = folder_of(folder)
   if not path.is_dir():
@@ -192,34 +171,11 @@ def _alone() -> ocp.options.MultiprocessingOptions:
   )
 
 
-def _networks(manager: ocp.CheckpointManager, step: int) -> tuple[dict, dict]:
+def networks(manager: ocp.CheckpointManager, step: int) -> tuple[dict, dict]:
+  """What Orbax knows of the arrays of the averaged networks, and of those as they were trained."""
   stored = manager.metadata(step).item_metadata
   state = stored['state'].tree if stored.get('state') else {}
   return stored['ema'].tree, state.get('params', {})
-
-
-def _on_host(stored: Any) -> Any:
-  host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend='cpu')[0])
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host), stored)
-
-
-def _restore_part(path: epath.Path, name: str, like: Any) -> Any:
-  """One network of the state alone: with the optimizer's, all of it may not fit the host."""
-  item = {'params': {name: like}}
-  args = ocp.args.PyTreeRestore(
-    item=item,
-    restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-    partial_restore=True,
-  )
-  try:
-    with ocp.Checkpointer(
-      ocp.PyTreeCheckpointHandler(), multiprocessing_options=_alone()
-    ) as reader:
-      return reader.restore(path / 'state', args=args)['params'][name]
-  except jax.errors.JaxRuntimeError:
-    raise
-  except Exception as error:
-    raise _damaged(path, [int(path.name)], str(error)) from error
 
 
 def check_config(
@@ -307,6 +263,12 @@ def _copied(tree: Any) -> Any:
   return jax.tree.map(jnp.copy, tree)
 
 
+def _in_layers(tree: Any) -> Any:
+  """Stacks of layers are stored layer by layer: `run_weights` reads one without the others."""
+  stack = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,))
+  return jax.tree.map(lambda x: stack if np.ndim(x) > 2 else ocp.SaveArgs(), tree)
+
+
 def _bit_sum(x: Array) -> UInt32[Array, '']:
   if x.dtype == jnp.bool_:
     return jnp.sum(x, dtype=jnp.uint32)
@@ -345,10 +307,10 @@ def _restore(
   except (InputError, jax.errors.JaxRuntimeError):
     raise
   except Exception as error:
-    raise _damaged(path, steps, str(error)) from error
+    raise damaged(path, str(error), steps) from error
   for name in like:
     if int(jax.device_get(fingerprint(found[name]))) != prints[name]:
-      raise _damaged(path, steps, f'the bits of {name} are not those that were saved')
+      raise damaged(path, f'the bits of {name} are not those that were saved', steps)
   return found
 
 
@@ -370,7 +332,8 @@ def _leaves(tree: Any) -> dict[str, str]:
   }
 
 
-def _damaged(path: epath.Path, steps: list[int], reason: str) -> InputError:
+def damaged(path: epath.Path, reason: str, steps: Sequence[int] = ()) -> InputError:
+  """What to say of a step whose files cannot be read; `steps` are those that there are."""
   before = [step for step in steps if step < int(path.name)]
   mend = f'go on from step {before[-1]}' if before else 'start anew'
   reason = reason.strip().partition('\n')[0].partition('. See full')[0][:200]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 from jaxtyping import Array, PyTree, UInt8
 from ml_collections import ConfigDict
 
@@ -14,7 +15,7 @@ from salt_jax.checks import MAX_STEPS
 from salt_jax.diffusion import multistep
 from salt_jax.errors import InputError
 from salt_jax.recipe import Recipe
-from salt_jax.sharding import over_local_devices
+from salt_jax.sharding import batch_sharding, over_local_devices
 
 STEPS = 4  # of a student, by default
 
@@ -37,7 +38,9 @@ class Generator(NamedTuple):
   protocol: dict
 
 
-def drawer(rec: Recipe, run: Callable, vae_params: PyTree, given: tuple[Array, ...]) -> Callable:
+def drawer(
+  rec: Recipe, run: Callable, vae_params: PyTree, given: tuple[Array, ...], mesh: Mesh
+) -> Callable:
   """Sampling and decoding over the local devices, a clip a device decoded at once.
 
   Args:
@@ -45,12 +48,14 @@ def drawer(rec: Recipe, run: Callable, vae_params: PyTree, given: tuple[Array, .
     run: sampler of latents.
     vae_params: of the VAE.
     given: for I2V the fields of `precompute.given` of one clip `[1 ...]`, which all clips share.
+    mesh: of the local devices, that the parameters of `run` lie over.
   """
   devices, own = len(jax.local_devices()), [np.asarray(x) for x in given]
 
   def draw(ids, mask, index):
     batch = (ids, mask, index, *(np.broadcast_to(x, (len(ids), *x.shape[1:])) for x in own))
-    latents = np.asarray(run(*over_local_devices(batch)))
+    with jax.set_mesh(mesh):
+      latents = np.asarray(run(*jax.device_put(batch, batch_sharding(mesh))))
     parts = [
       codec.decode(vae_params, over_local_devices(latents[at : at + devices]), rec.vae)
       for at in range(0, len(latents), devices)

@@ -27,11 +27,7 @@ def load(path: str, given: ConfigDict | None = None) -> tuple[ConfigDict, Recipe
   if given is None and places.folder_of(path).is_dir():
     config = weights.config_of_run(path)
     rec = _student_recipe(config, path)
-    return (
-      config,
-      rec,
-      weights.averaged(path, {'generator': weights.shapes('dit', rec.model)})['generator'],
-    )
+    return config, rec, weights.load(path, 'dit', rec.model)
   config = weights.config_of(weights.resolve(path)) if given is None else given
   if path.startswith('assets:'):
     config.weights.update(weights.shipped(config.weights))
@@ -116,8 +112,9 @@ def load_teacher(
     config.weights.update(weights.shipped(config.weights))
   rec = recipe.build(config)
   if folder:
-    like = {'dit': weights.shapes('dit', rec.model), 'text': weights.shapes('umt5', rec.text)}
-    return config, rec, rec.model, weights.averaged(path, like)
+    networks = {'dit': rec.model, 'umt5': rec.text}
+    dit, text = (weights.load(path, network, cfg) for network, cfg in networks.items())
+    return config, rec, rec.model, {'dit': dit, 'text': text}
   if not path.startswith('assets:'):
     config.weights.text = _text_beside(path)
   networks = {'dit': weights.load(path, 'dit', rec.model)}

@@ -208,6 +208,42 @@ def on_local_devices(tree: Any) -> Any:
   return jax.device_put(tree, NamedSharding(_local_mesh(), PartitionSpec()))
 
 
+def local_mesh(axes: Mapping[str, int]) -> Mesh:
+  """This process's devices, over which parameters are split as a config splits them over all devices.
+
+  Whatever axis splits parameters there is `fsdp` here, as far as this process has devices for it; the rest is `data`,
+  and examples lie over both.
+
+  Args:
+    axes: sizes as for `make_mesh`.
+  """
+  devices = np.array(jax.local_devices())
+  sizes = [size for axis, size in axes.items() if axis != 'data']
+  parts = len(devices) if -1 in sizes else math.gcd(math.prod(sizes), len(devices))
+  return Mesh(devices.reshape(-1, parts, 1, 1), AXES)
+
+
+def over_space(clips: int, rows: int, columns: int) -> NamedSharding:
+  """Splits clips `[b t h w c]` over this process's devices along one side of a frame.
+
+  Args:
+    clips: how many there are; they are split over the devices that the side leaves, if they can be evenly.
+    rows, columns: of the coarsest resolution; the side that can be cut into more parts is split.
+  """
+  devices = np.array(jax.local_devices())
+  down, across = _parts(rows, len(devices)), _parts(columns, len(devices))
+  mesh = Mesh(devices.reshape(-1, max(down, across)), ('clips', 'space'))
+  sides = (None, 'space') if across >= down else ('space', None)
+  shared = clips % mesh.shape['clips'] == 0
+  return NamedSharding(mesh, PartitionSpec('clips' if shared else None, None, *sides))
+
+
+def _parts(length: int, devices: int) -> int:
+  """Equal parts of two or more: XLA gets a convolution of 2 rows wrong where two devices hold one each."""
+  common = (parts for parts in range(2, devices + 1) if devices % parts == length % parts == 0)
+  return max((parts for parts in common if parts < length), default=1)
+
+
 def _local_mesh() -> Mesh:
   return Mesh(np.array(jax.local_devices()), ('rows',))
 

@@ -6,11 +6,9 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
 from ml_collections import ConfigDict
 
-from salt_jax import checkpoint, convert, pickles, places, tensor_files
+from salt_jax import checkpoint, convert, pickles, places, run_weights, tensor_files
 from salt_jax.errors import InputError
 from salt_jax.tensor_files import Tensor
 
@@ -21,7 +19,7 @@ class Source(NamedTuple):
   """Opened weights.
 
   Attributes:
-    tensors: by their names in the source; not read yet, unless the source is a run.
+    tensors: by their names in the source, not read yet.
     files: what they lie in.
     entry: which part of a torch file or a run they are.
     others: what else the part's container holds.
@@ -167,9 +165,7 @@ def _open_run(path: str, entry: str, network: str) -> Source:
   if not entry and len(averaged) > 1:
     raise InputError(f'{path} holds {", ".join(known)}; name one with --entry.')
   entry = entry or averaged[0]
-  tree = checkpoint.restore_network(folder, entry)
-  arrays = convert.to_wan(jax.tree.map(np.asarray, tree), network)
-  tensors = {name: tensor_files.held(array) for name, array in arrays.items()}
+  tensors = convert.to_tensors(run_weights.load(folder, entry), network)
   verified = [entry] if entry.endswith('_ema') else []
   others = [name for name in known if name != entry]
   return Source(tensors, [path], entry, others, verified, config=config)
