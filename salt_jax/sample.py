@@ -313,10 +313,8 @@ def _placed(
   """A mesh of this process's devices, and over it a DiT and what serves it, by the config's rules but the VAE whole."""
   mesh = sharding.local_mesh(config.mesh)
   rest = {name: x for name, x in frozen.items() if name != 'vae'}
-  given = rest | {'generator': weights.narrowed(params, cfg.dtype)}
-  where = sharding.shardings(given, mesh, config.rules, config.shard_min_size)
-  where['vae'] = sharding.replicated(mesh)
-  split = jax.device_put(given | {'vae': frozen['vae']}, where)
+  split = sharding.put(rest | {'generator': weights.narrowed(params, cfg.dtype)}, mesh, config)
+  split['vae'] = jax.device_put(frozen['vae'], sharding.replicated(mesh))
   return mesh, split.pop('generator'), split
 
 

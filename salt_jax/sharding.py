@@ -188,8 +188,12 @@ def _slices(mesh: Mesh, axis: int, size: int):
   return jax.jit(take, out_shardings=replicated(mesh))
 
 
-def over_local_devices(batch: Any) -> Any:
+def over_local_devices(batch: Any, mesh: Mesh | None = None) -> Any:
   """Splits the leading axis over this process's devices: for work that processes do each by itself.
+
+  Args:
+    batch: a tree of arrays `[rows ...]`.
+    mesh: of `local_mesh`, for a program that is split over it too.
 
   Raises:
     InputError: the rows cannot be split evenly.
@@ -200,7 +204,8 @@ def over_local_devices(batch: Any) -> Any:
     raise InputError(
       f'a batch of {rows} cannot be split over {len(devices)} local devices: make it a multiple.'
     )
-  return jax.device_put(batch, NamedSharding(_local_mesh(), PartitionSpec('rows')))
+  rows_over = NamedSharding(_local_mesh(), PartitionSpec('rows'))
+  return jax.device_put(batch, rows_over if mesh is None else batch_sharding(mesh))
 
 
 def on_local_devices(tree: Any) -> Any:
@@ -221,6 +226,11 @@ def local_mesh(axes: Mapping[str, int]) -> Mesh:
   sizes = [size for axis, size in axes.items() if axis != 'data']
   parts = len(devices) if -1 in sizes else math.gcd(math.prod(sizes), len(devices))
   return Mesh(devices.reshape(-1, parts, 1, 1), AXES)
+
+
+def put(tree: Any, mesh: Mesh, config: Any) -> Any:
+  """Host arrays over the devices of `local_mesh`, by the rules of a config."""
+  return jax.device_put(tree, shardings(tree, mesh, config.rules, config.shard_min_size))
 
 
 def over_space(clips: int, rows: int, columns: int) -> NamedSharding:
