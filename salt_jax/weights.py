@@ -90,7 +90,7 @@ def load(path: str, network: str, cfg) -> PyTree:
   try:
     convert.check(tree, like)
   except InputError as error:
-    raise InputError(f'{path}: {error}') from error
+    raise InputError(f'{path}: {error} Pass the config it was trained with.') from error
   return convert.read(tree, np.float32)
 
 

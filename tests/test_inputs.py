@@ -987,7 +987,7 @@ def test_a_checkpoint_of_another_size_is_refused(run_of_two, tmp_path):
   write_config(str(run), config)
   with pytest.raises(
     InputError,
-    match='holds .* at ema/.* but the config asks for .*: pass the config it was trained',
+    match='another size: .* but the config asks for .* Pass the config it was trained with.',
   ):
     sample.load(str(run))
 
