@@ -11,6 +11,7 @@ import pickle
 import pickletools
 import struct
 import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -184,6 +185,11 @@ def _tensor(
   def read() -> np.ndarray:
     begin = _begin(path, info) + offset * storage.dtype.itemsize
     flat = tensor_files.read_at(path, storage.dtype, begin, (span,))
+    if span == storage.numel and zlib.crc32(flat.view(np.uint8)) != info.CRC:
+      raise InputError(
+        f'{path} holds bytes that are not those of its own checksum; copy or download it again, or if it was saved '
+        'without checksums save it anew with them.'
+      )
     steps = [s * storage.dtype.itemsize for s in strides]
     return np.lib.stride_tricks.as_strided(flat, shape, steps, writeable=False)
 

@@ -211,6 +211,16 @@ def test_foreign_folders_are_refused_before_anything_is_loaded(student, tmp_path
     benchmark.export(_args(student, tmp_path))
 
 
+def test_a_network_that_continues_a_picture_is_refused(tmp_path):
+  from salt_jax import recipe, weights
+
+  config = tiny_config.get_i2v(tiny_config.write_weights(str(tmp_path), i2v=True))
+  params = weights.load(config.weights.student, 'dit', recipe.build(config).model)
+  path = weights.export(str(tmp_path), 'generator', params, config)
+  with pytest.raises(InputError, match='continues a picture, and the prompts of --vbench come with'):
+    benchmark.export(_args(path, tmp_path))
+
+
 def test_an_export_without_pyav_is_refused(student, tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, 'av', None)
   with pytest.raises(InputError, match=r"--vbench needs PyAV: pip install 'salt_jax\[video\]'."):

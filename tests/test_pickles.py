@@ -254,9 +254,17 @@ def _spoil_local_header(path):
   path.write_bytes(content)
 
 
+def _flip(path):
+  """One bit of the tensor, a number as finite as before; the zip holds a checksum of each storage."""
+  content = bytearray(path.read_bytes())
+  content[content.index(np.ones(100, np.float32).tobytes()) + 42] ^= 1
+  path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
   'damage, words',
   [
+    (_flip, 'holds bytes that are not those of its own checksum'),
     (_cut, 'is cut short or damaged'),
     (_other_zip, 'is a zip archive but not one of torch.save'),
     (lambda p: write_zip(p, b'}.', compression=zipfile.ZIP_DEFLATED), 'not one of torch.save'),
