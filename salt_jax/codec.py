@@ -28,7 +28,8 @@ def latents_at_once(rows: int, columns: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=('cfg', 'first'), donate_argnames='features')
-def _decode_part(params, latents, features, cfg, first):
+def decode_part(params, latents, features, cfg, first):
+  """The program of `decode`: uint8 frames of some latents, and what the decoder carries on."""
   pixels, features = vae.decode_chunk(params, latents, features, cfg, first)
   return to_bytes(pixels), features
 
@@ -53,7 +54,7 @@ def decode(
   features, parts = {}, []
   for start in range(0, latents.shape[1], part):
     some = latents[:, start : start + part]
-    pixels, features = _decode_part(params, some, features, cfg, start == 0)
+    pixels, features = decode_part(params, some, features, cfg, start == 0)
     parts.append(np.asarray(pixels))
   return np.concatenate(parts, axis=1)
 

@@ -112,7 +112,8 @@ def sizes(rec: Recipe, name: str):
   return {'vae': rec.vae, 'text': rec.text}.get(name, rec.teacher)
 
 
-def _prompt(rec: Recipe, rows: int, stored: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
+def prompts(rec: Recipe, rows: int, stored: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
+  """So many prompts as tokens, or as rows of a store."""
   length = rec.text_length
   if stored:
     return {'text': jax.ShapeDtypeStruct((rows, length, rec.text.dim), 'bfloat16')}
@@ -132,7 +133,13 @@ def given(config: ConfigDict, rec: Recipe, rows: int) -> dict[str, jax.ShapeDtyp
   return fields
 
 
-def _clips(config: ConfigDict, rec: Recipe, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+def clips(config: ConfigDict, rec: Recipe, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+  """What a sampler is given: prompts and numbers, and for I2V first frames."""
+  numbers = {'index': jax.ShapeDtypeStruct((rows,), np.int32)}
+  return prompts(rec, rows) | numbers | given(config, rec, rows)
+
+
+def _data(config: ConfigDict, rec: Recipe, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
   """What the data of a stage has besides prompts and first frames."""
   latent = latent_shape(config)
   if config.stage in ('ode', 'causal_ode'):
@@ -156,11 +163,11 @@ def batch(config: ConfigDict, rec: Recipe) -> dict[str, jax.ShapeDtypeStruct]:
   """
   rows = config.batch
   fields = {'index': jax.ShapeDtypeStruct((rows,), np.int32)}
-  fields |= _prompt(rec, rows, config.data.kind == 'text_store') | _clips(config, rec, rows)
+  fields |= prompts(rec, rows, config.data.kind == 'text_store') | _data(config, rec, rows)
   if rec.model is not None:
     fields |= given(config, rec, rows)
   if rec.streaming is not None:
-    fields |= {f'next_{name}': x for name, x in _prompt(rec, rows).items()}
+    fields |= {f'next_{name}': x for name, x in prompts(rec, rows).items()}
   return fields
 
 
@@ -173,7 +180,7 @@ def outline(config: ConfigDict, rec: Recipe) -> Outline:
   check(config)
   serving = {}
   if config.stage != 'vae':
-    serving['negative'] = _prompt(rec, 1, config.data.kind == 'text_store')
+    serving['negative'] = prompts(rec, 1, config.data.kind == 'text_store')
   return Outline(
     trained=trained(config, rec),
     frozen=serving | frozen(rec, served(config, rec)),

@@ -1,7 +1,7 @@
 """TPU slices by name: how many chips, how they are wired, what a device holds and could do at most.
 
-Cloud TPU names v4, v5p and TPU7x slices by TensorCores, two a chip, and v5e and v6e slices by chips. JAX sees one device
-a chip, but two on TPU7x. Compute peaks are in `flops.PEAK_FLOPS`. HBM and network are those of the pages
+Cloud TPU names v4, v5p and TPU7x slices by TensorCores, two a chip, and v5e and v6e slices by chips. JAX sees one
+device a chip, but two on TPU7x. Compute peaks are in `flops.PEAK_FLOPS`. HBM and network are those of the pages
 docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; usable HBM is what the compiler of libtpu 0.0.42 leaves to a
 program, as its out-of-memory message says.
 """
@@ -78,9 +78,7 @@ GENERATIONS = {
     Generation('v5e', 'TPU v5 lite', 1, 1, _FLAT, 15.75 * GIB, 819e9, 200e9, 25e9 / 8),
     Generation('v5p', 'TPU v5', 2, 1, _DEEP, 95.74 * GIB, 2765e9, 600e9, 50e9 / 8),
     Generation('v6e', 'TPU v6 lite', 1, 1, _FLAT, 31.25 * GIB, 1638e9, 400e9, 100e9 / 8),
-    Generation(
-      'tpu7x', 'TPU7x', 2, 2, _DEEP, 94.75 * GIB, 7380e9 / 2, 600e9 / 2, 100e9 / 8 / 2
-    ),
+    Generation('tpu7x', 'TPU7x', 2, 2, _DEEP, 94.75 * GIB, 7380e9 / 2, 600e9 / 2, 100e9 / 8 / 2),
   )
 }
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from salt_jax import evaluate, monitor, sharding, stages, weights
+from salt_jax import evaluate, monitor, outline, sharding, stages, weights
 from salt_jax import recipe as recipes
 from salt_jax import state as states
 from salt_jax.checkpoint import Checkpoints, check_config, config_digest, write_config
@@ -90,7 +90,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, int]:
   )
 
   traces = collections.Counter()
-  jitted = {spec.name: _jit(spec, rec, placed, mesh, traces) for spec in stage.steps}
+  jitted = {spec.name: jit_step(spec, rec, placed, mesh, traces) for spec in stage.steps}
   feeds = {spec.name: _feed(spec, config, start) for spec in stage.steps}
   writer, progress = Writer(workdir, start), Progress(config.total_steps, start)
   digest, waiting = config_digest(config), None
@@ -130,7 +130,7 @@ def _restore(checkpoints: Checkpoints, step: int, like) -> states.TrainState:
   return got['state'].replace(ema=got['ema'])
 
 
-def _jit(spec: stages.StepSpec, rec, placed, mesh, traces):
+def jit_step(spec: stages.StepSpec | outline.Work, rec, placed, mesh, traces, keep_unused=False):
   """The step with its shardings, the state donated; counts how often it is traced."""
 
   def counted(state, frozen, batch, n):
@@ -138,7 +138,12 @@ def _jit(spec: stages.StepSpec, rec, placed, mesh, traces):
     return spec.run(state, frozen, batch, n, recipe=rec)
 
   functools.update_wrapper(counted, spec.run)
-  return jax.jit(counted, donate_argnums=0, out_shardings=(placed, sharding.replicated(mesh)))
+  return jax.jit(
+    counted,
+    donate_argnums=0,
+    out_shardings=(placed, sharding.replicated(mesh)),
+    keep_unused=keep_unused,
+  )
 
 
 def _feed(spec: stages.StepSpec, config: ConfigDict, start: int):

@@ -1,0 +1,278 @@
+"""Does a config fit a TPU slice? Its programs are compiled for the slice on a machine without a TPU.
+
+  python -m salt_jax.plan --config=configs/selfforcing.py --slice=v5p-128
+  python -m salt_jax.plan --config=configs/selfforcing.py --smallest=v6e --json=plans/v6e.json
+  python -m salt_jax.plan --table=plans
+
+Networks and batches are shapes alone: nothing is read, and nothing is allocated. Several slices are 2xv5p-128. A slice
+is taken with the mesh of the config; --smallest tries the slices of a generation, smallest first, and where the batch
+has fewer clips than there are devices it splits each clip over the context axis. --table writes what --json left in a
+folder as Markdown.
+"""
+
+import dataclasses
+import glob
+import json
+import logging
+import math
+import os
+import sys
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from salt_jax import cli, estimate, lowered, recipe, sharding, slices
+from salt_jax.checks import check_batch
+from salt_jax.errors import InputError
+from salt_jax.estimate import REACHED, Report
+from salt_jax.flops import PEAK_FLOPS
+from salt_jax.slices import GIB, Slice
+
+log = logging.getLogger('salt_jax.plan')
+
+
+def define_flags() -> None:
+  cli.define_config('Experiment, such as configs/selfforcing.py.')
+  flags.DEFINE_string('slice', None, 'TPU slice, such as v5p-128, v6e-64, tpu7x-64 or 2xv5p-128.')
+  flags.DEFINE_string(
+    'smallest', None, 'Generation whose smallest slice to find: v4, v5e, v5p, v6e or tpu7x.'
+  )
+  flags.DEFINE_list(
+    'programs', [], f'Which to compile, of {",".join(lowered.NAMES)}; all by default.'
+  )
+  flags.DEFINE_string('json', None, 'File to write the figures to.')
+  flags.DEFINE_string('table', None, 'Folder of such files to make a Markdown table of.')
+
+
+def plan(config: ConfigDict, slice_: Slice, names: tuple[str, ...] = ()) -> list[Report]:
+  """What the programs of a config need on a device of a slice; stops behind the first that does not fit.
+
+  Args:
+    config: the experiment.
+    slice_: the slice.
+    names: programs to compile; none named means all.
+
+  Raises:
+    InputError: a config, mesh or batch that cannot work, or an unknown program.
+  """
+  rec = recipe.build(config)
+  _check_attention(config)
+  mesh = sharding.make_mesh(config.mesh, slices.devices(slice_))
+  check_batch(config.batch, mesh)
+  found, made = lowered.programs(config, rec, mesh), []
+  unknown = [name for name in names if name not in found]
+  if unknown:
+    raise InputError(
+      f'--programs={unknown[0]} is no program of this config: choose from {", ".join(found)}.'
+    )
+  for name in names or found:
+    log.info('%s: compiling %s …', slice_.name, name)
+    made.append(estimate.report(found[name], config, mesh, slice_))
+    if not made[-1].fits:
+      break
+  return made
+
+
+def _check_attention(config: ConfigDict) -> None:
+  for name in ('model', 'teacher'):
+    if name in config and config[name].attention == 'cudnn':
+      raise InputError(f'{name}.attention=cudnn is for NVIDIA GPUs: plan compiles for TPUs.')
+
+
+def smallest(
+  config: ConfigDict, generation: str, names: tuple[str, ...] = ()
+) -> tuple[ConfigDict, Slice, list[Report], list[dict]]:
+  """The smallest slice of a generation that everything fits on, by trying them in order.
+
+  Returns:
+    (the config with the mesh of that slice, the slice, its reports, what did not fit before it).
+
+  Raises:
+    InputError: nothing fits.
+  """
+  failed = []
+  for slice_ in slices.every(generation):
+    sized = meshed(config, slice_)
+    try:
+      made = plan(sized, slice_, names)
+    except InputError as error:
+      if sized.mesh.context == 1:
+        raise
+      failed.append({'slice': slice_.name, 'step': '', 'why': str(error)})
+      continue
+    if made[-1].fits:
+      return sized, slice_, made, failed
+    last = made[-1]
+    failed.append(
+      {'slice': slice_.name, 'step': last.step, 'needed': last.needed, 'change': last.change}
+    )
+    log.info('%s', _too_much(slice_, last))
+  raise InputError(
+    f'{config.name} fits no {generation} slice of up to {slices.every(generation)[-1].chips} chips: '
+    f'{failed[-1].get("change") or failed[-1].get("why")}'
+  )
+
+
+def meshed(config: ConfigDict, slice_: Slice) -> ConfigDict:
+  """The config with a mesh for a slice: a clip a device while the batch lasts, then a clip over several."""
+  sized = ConfigDict(config.to_dict())
+  fsdp = math.gcd(slice_.devices, config.batch)
+  sized.mesh.update(data=1, fsdp=fsdp, context=slice_.devices // fsdp, tensor=1)
+  return sized
+
+
+def _too_much(slice_: Slice, last: Report) -> str:
+  return (
+    f'{slice_.name}: {last.step} does not fit: it needs {last.needed / GIB:.1f} GiB a device, and '
+    f'{last.usable / GIB:.2f} GiB are available; {last.change}'
+  )
+
+
+def written(config: ConfigDict, slice_: Slice, made: list[Report]) -> str:
+  """The reports as text."""
+  generation = slice_.generation
+  axes = ', '.join(f'{axis}={size}' for axis, size in config.mesh.items())
+  lines = [
+    f'{config.name} on {slice_.name}: {slice_.chips} chips, {slice_.devices} devices of {generation.hbm / GIB:.2f} GiB '
+    f'each; mesh {axes}; batch {config.batch}. All figures are of one device'
+    + (', two of which are a chip.' if generation.cores > 1 else '.')
+  ]
+  for one in made:
+    lines += ['', *_lines(one, slice_)]
+  if total := estimate.iteration(made):
+    lines += ['', f'an iteration of training: at least {total[0]:.1f} s, likely {total[1]:.1f} s']
+  return '\n'.join([*lines, '', _assumptions(slice_)])
+
+
+def _lines(one: Report, slice_: Slice) -> list[str]:
+  if not one.fits:
+    return [_too_much(slice_, one)]
+  total, s = one.forward + one.backward, one.seconds
+  rows = [
+    f'{one.step} fits: {one.needed / GIB:.2f} of {one.usable / GIB:.2f} GiB',
+    f'  memory     arguments {one.arguments / GIB:.2f}, temporaries {one.temporaries / GIB:.2f}, '
+    f'code {one.code / GIB:.2f} GiB; {one.clips:g} clips a shard',
+    f'  FLOPs      {total / 1e12:.4g} TFLOP: forward {one.forward / total:.0%}, backward {one.backward / total:.0%}; '
+    f'recomputed besides {one.again / 1e12:.4g} TFLOP ({one.again / total:.0%})',
+  ]
+  for kind, row in one.collectives.items():
+    rows.append(
+      f'  {kind:<18} {row["count"]:>8.0f} times, {row["bytes"] / 1e9:>9.2f} GB, of which {row["sent"] / 1e9:.2f} sent'
+    )
+  rows += [
+    f'  time       at least {s.least:.2f} s: compute {s.compute:.2f}, HBM {s.memory:.2f}, network {s.network:.2f}; '
+    f'likely {s.likely:.1f} s',
+    f'  compiled in {one.compiling[0]:.0f} s ({one.compiling[1]:.0f} s of CPU)',
+  ]
+  return rows
+
+
+def _assumptions(slice_: Slice) -> str:
+  g = slice_.generation
+  between = f', {g.dcn / 1e9:.3g} GB/s between slices' if g.dcn and slice_.count > 1 else ''
+  if slice_.count > 1 and g.dcn is None:
+    between = '; what goes between slices is not in the times, for its rate is not documented'
+  return (
+    f'Peaks of a device: {PEAK_FLOPS[g.kind] / 1e12:.4g} TFLOP/s in bfloat16, {g.hbm_rate / 1e9:.4g} GB/s of HBM, '
+    f'{g.ici / 1e9:.4g} GB/s out over all links{between} (docs.cloud.google.com/tpu/docs). "At least" is the slowest '
+    f'of the three at its peak; "likely" is {REACHED:.0%} of the compute peak with the network behind it, not '
+    'overlapped. FLOPs are by formula (salt_jax/flops.py), those of the VAE by the compiler, in the mean over step '
+    'counts and exits. Among collectives, conditional terms count in full and loops of drawn length by their mean.'
+  )
+
+
+def record(config: ConfigDict, slice_: Slice, made: list[Report], failed: list[dict]) -> dict:
+  """The figures as JSON holds them."""
+  total = estimate.iteration(made)
+  return {
+    'config': config.name,
+    'slice': slice_.name,
+    'chips': slice_.chips,
+    'devices': slice_.devices,
+    'mesh': dict(config.mesh),
+    'batch': config.batch,
+    'fits': all(one.fits for one in made),
+    'iteration_seconds': total and {'least': total[0], 'likely': total[1]},
+    'programs': [dataclasses.asdict(one) for one in made],
+    'smaller': failed,
+  }
+
+
+def table(folder: str) -> str:
+  """The records of a folder as Markdown, a row a file.
+
+  Raises:
+    InputError: no records there, or one that is damaged.
+  """
+  paths = sorted(glob.glob(os.path.join(folder, '*.json')))
+  if not paths:
+    raise InputError(f'--table={folder}: no files that --json wrote lie there.')
+  head = (
+    'config',
+    'smallest slice',
+    'chips',
+    'mesh',
+    'GiB a device',
+    'TFLOP a device',
+    'iteration',
+    'compile',
+  )
+  rows = [head, ('---',) * len(head), *(_row(path) for path in paths)]
+  return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+
+
+def _row(path: str) -> tuple[str, ...]:
+  try:
+    with open(path, encoding='utf-8') as file:
+      found = json.load(file)
+    made, total = found['programs'], found['iteration_seconds']
+    peak = max(one['needed'] for one in made) / GIB
+    work = sum((one['forward'] + one['backward']) / one['every'] for one in made if one['every'])
+    slow = max(one['compiling'][0] for one in made)
+    axes = ', '.join(f'{axis} {size}' for axis, size in found['mesh'].items() if size != 1)
+    return (
+      found['command'],
+      found['slice'],
+      str(found['chips']),
+      axes,
+      f'{peak:.1f} of {made[0]["usable"] / GIB:.2f}',
+      f'{work / 1e12:.0f}',
+      f'{total["least"]:.1f} to {total["likely"]:.1f} s' if total else 'does not fit',
+      f'{slow:.0f} s',
+    )
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise InputError(f'--table: {path} is no file of --json ({error}): write it again.') from error
+
+
+def _experiment() -> str:
+  """The words of the command that name the config."""
+  words = [word for word in sys.argv[1:] if word.lstrip('-').startswith('config')]
+  return ' '.join(word.lstrip('-').removeprefix('config=') for word in words)
+
+
+def program() -> None:
+  args = flags.FLAGS
+  if args.table:
+    print(table(args.table))
+    return
+  if args.config is None or bool(args.slice) == bool(args.smallest):
+    raise InputError('pass --config=FILE, and either --slice=v5p-128 or --smallest=v5p.')
+  if args.json:
+    cli.check_folder('json', os.path.dirname(args.json))
+  slices.prepare()
+  config, failed, names = args.config, [], tuple(args.programs)
+  if args.slice:
+    slice_ = slices.parse(args.slice)
+    made = plan(config, slice_, names)
+  else:
+    config, slice_, made, failed = smallest(config, args.smallest, names)
+  print(written(config, slice_, made))
+  if args.json:
+    with open(args.json, 'w', encoding='utf-8') as file:
+      json.dump({'command': _experiment()} | record(config, slice_, made, failed), file, indent=1)
+  if not made[-1].fits:
+    sys.exit(1)
+
+
+if __name__ == '__main__':
+  cli.run(program, define_flags)
