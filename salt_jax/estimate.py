@@ -97,7 +97,7 @@ def report(program: lowered.Program, config: ConfigDict, mesh: Mesh, slice_: Sli
     change = _advice(config, program, mesh, held, needed)
     return dataclasses.replace(blank, needed=needed, compiling=compiling, change=change)
   compiling = time.monotonic() - began, _cpu() - usage
-  return _filled(blank, program, done, mesh, slice_, compiling)
+  return _filled(blank, program, done, slice_, compiling)
 
 
 def _cpu() -> float:
@@ -130,8 +130,9 @@ def _blank(program: lowered.Program, mesh: Mesh, slice_: Slice, held: float) -> 
   )
 
 
-def _filled(blank: Report, program, done, mesh: Mesh, slice_: Slice, compiling) -> Report:
-  memory, found = done.memory_analysis(), hlo.collectives(done.as_text(), program.passes)
+def _filled(blank: Report, program, done, slice_: Slice, compiling) -> Report:
+  memory, text = done.memory_analysis(), done.as_text()
+  found = hlo.collectives(text, program.passes)
   results = memory.output_size_in_bytes - memory.alias_size_in_bytes
   parts = (
     memory.argument_size_in_bytes,
@@ -148,7 +149,7 @@ def _filled(blank: Report, program, done, mesh: Mesh, slice_: Slice, compiling) 
     code=parts[2],
     forward=forward,
     collectives=hlo.summed(found),
-    crossing=hlo.crossing(found, [getattr(d, 'slice_index', 0) for d in mesh.devices.flat]),
+    crossing=hlo.crossing(text, slice_.count, program.passes),
     compiling=compiling,
   )
   return dataclasses.replace(made, seconds=seconds(made, slice_))

@@ -101,19 +101,21 @@ def summed(found: Sequence[Collective]) -> dict[str, dict[str, float]]:
   return {kind: table[kind] for kind in KINDS if kind in table}
 
 
-def crossing(found: Sequence[Collective], slices: Sequence[int]) -> float:
-  """Bytes that a device sends to other slices, if each slice first joins what it has.
+def crossing(text: str, slices: int, loops: float = 1.0) -> float:
+  """Bytes that a device sends to other slices: what it hands to the network between them, by a ring of slices.
 
   Args:
-    found: of `collectives`.
-    slices: slice of each device, by its place in the mesh.
+    text: of `compiled.as_text()`.
+    slices: their number.
+    loops: as in `collectives`.
   """
   total = 0.0
-  for one in found:
-    joined = len({slices[i] for i in one.group})
-    if joined > 1:
-      share = one.bytes * joined / len(one.group) * (joined - 1) / joined
-      total += one.times * share * (2 if one.kind == 'all-reduce' else 1)
+  for _, one, times in executed(text, loops):
+    if one.code == 'send' and 'xla_megascale' in one.rest:
+      twice = 2 if '"ALL_REDUCE"' in one.rest else 1
+      # A send has what it hands over, and tokens.
+      size, dims = _parsed(one.shape)[0]
+      total += times * twice * (slices - 1) / slices * size * math.prod(dims)
   return total
 
 

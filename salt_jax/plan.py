@@ -159,6 +159,8 @@ def _lines(one: Report, slice_: Slice) -> list[str]:
     rows.append(
       f'  {kind:<18} {row["count"]:>8.0f} times, {row["bytes"] / 1e9:>9.2f} GB, of which {row["sent"] / 1e9:.2f} sent'
     )
+  if one.crossing:
+    rows.append(f'  between slices {one.crossing / 1e9:.2f} GB sent')
   rows += [
     f'  time       at least {s.least:.2f} s: compute {s.compute:.2f}, HBM {s.memory:.2f}, network {s.network:.2f}; '
     f'likely {s.likely:.1f} s',
