@@ -168,7 +168,7 @@ def record(made: generate.Generator, wanted: Sequence[Item], args: flags.FlagVal
     'noise': 'clip number = index * prompts + number of the prompt',
     'sampler': made.protocol,
     'video': {name: size[name] for name in ('frames', 'height', 'width', 'fps')},
-    'codec': {'name': 'libx264', 'crf': video.CRF, 'pixels': 'yuv420p'},
+    'codec': {'name': 'libx264', 'crf': int(video.X264['crf']), 'pixels': 'yuv420p'},
     'items': [
       {'prompt': item.name, 'dimensions': list(item.dimensions), 'samples': item.samples}
       for item in wanted
