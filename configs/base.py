@@ -10,6 +10,16 @@ from salt_jax.models import clip, text, vae, wan
 WAN_SIZES = {'nano': wan.wan_nano, '1.3b': wan.wan_1_3b, '14b': wan.wan_14b}
 I2V_SIZES = {'nano': wan.wan_nano_i2v, '14b': wan.wan_i2v_14b}
 
+# How the real sizes are sharded: over fsdp and context, and where tensor is more than 1 by heads and hidden units.
+RULES = (
+  ('self_attn/[qkv]/kernel$', 'columns'),
+  ('cross_attn/[qkv](_img)?/kernel$', 'columns'),
+  ('ffn_0/kernel$', 'columns'),
+  ('(self|cross)_attn/o/kernel$', 'rows'),
+  ('ffn_2/kernel$', 'rows'),
+  ('.*', 'fsdp'),
+)
+
 # What Wan 2.1 steers away from, and what image-to-video puts before it; full-width commas included.
 WAN_NEGATIVE = (
   '色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，'
@@ -68,7 +78,7 @@ def _section(dataclass) -> ConfigDict:
 
 
 def dit(size: str, i2v: bool = False) -> ConfigDict:
-  """A DiT, given the first frame if `i2v`; everything above nano runs remat and bfloat16.
+  """A DiT, given the first frame if `i2v`; above nano with remat, bfloat16 and its platform's attention.
 
   Raises:
     InputError: a size that has no image-to-video form.
@@ -76,7 +86,10 @@ def dit(size: str, i2v: bool = False) -> ConfigDict:
   sizes = I2V_SIZES if i2v else WAN_SIZES
   if size not in sizes:
     raise InputError(f'{size} has no image-to-video form: choose one of {", ".join(sizes)}.')
-  return _section(sizes[size]())
+  section = _section(sizes[size]())
+  if size != 'nano':
+    section.attention = 'auto'
+  return section
 
 
 def vae_section(size: str) -> ConfigDict:
@@ -119,7 +132,7 @@ def sharding(size: str) -> dict:
     return dict(
       mesh=ConfigDict(dict(data=-1, fsdp=1, context=1, tensor=1)), rules=(('.*', 'replicate'),)
     )
-  return dict(mesh=ConfigDict(dict(data=1, fsdp=-1, context=1, tensor=1)), rules=(('.*', 'fsdp'),))
+  return dict(mesh=ConfigDict(dict(data=1, fsdp=-1, context=1, tensor=1)), rules=RULES)
 
 
 def common(name: str, stage: str, size: str, total_steps: int, batch: int) -> ConfigDict:

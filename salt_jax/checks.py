@@ -74,6 +74,7 @@ _NATURAL = (
   'alignment.margin',
 )
 _SHARES = ('ema.decay', 'text_dropout', 'rollout.context_noise', 'schedule.probs', 'forcing.noise')
+_PIXELS = 16  # of a token's side: 8 of the VAE, 2 of the patch
 _DIVIDED = (('pairs.count', 'pairs.batch'), ('latents.count', 'latents.batch'))
 
 
@@ -357,6 +358,27 @@ def _check_clips(config: ConfigDict) -> None:
     )
   if config.stage == 'vae' and config.statistics_clips % 4:
     raise InputError(f'statistics_clips={config.statistics_clips} must be a multiple of 4.')
+
+
+def check_mesh(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+  """Refuses a batch, heads or tokens that the mesh cannot split.
+
+  Raises:
+    InputError: naming the axis and what it must divide.
+  """
+  check_batch(config.batch, mesh)
+  tensor, context = mesh.shape['tensor'], mesh.shape['context']
+  for name in ('model', 'teacher'):
+    if name in config and config[name].heads % (tensor * context):
+      raise InputError(
+        f'{name}.heads={config[name].heads} cannot be split over mesh.tensor x mesh.context = {tensor} x {context}: '
+        'make their product a divisor of the heads.'
+      )
+  tokens = (config.video.height // _PIXELS) * (config.video.width // _PIXELS)
+  if tokens % context:
+    raise InputError(
+      f'the {tokens} tokens of a frame cannot be split over mesh.context={context}: make it a divisor.'
+    )
 
 
 def check_batch(batch: int, mesh: jax.sharding.Mesh) -> None:

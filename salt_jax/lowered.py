@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from salt_jax import codec, flops, outline, sample, sharding, state, train, weights
+from salt_jax import codec, flops, outline, programs, sample, sharding, state, weights
 from salt_jax.checks import MAX_STEPS
 from salt_jax.generate import STEPS
 from salt_jax.models import vae
@@ -42,7 +42,7 @@ class Program(NamedTuple):
   inputs: PyTree
 
 
-def programs(config: ConfigDict, rec: Recipe, mesh: Mesh) -> dict[str, Program]:
+def of_config(config: ConfigDict, rec: Recipe, mesh: Mesh) -> dict[str, Program]:
   """The steps of a stage, and sampling and decoding of its student if it has one.
 
   Raises:
@@ -63,7 +63,8 @@ def _steps(config: ConfigDict, rec: Recipe, mesh: Mesh) -> dict[str, Program]:
   what = outline.outline(config, rec)
   shapes = state.shapes_of(what.trained, rec.optimizers, what.averaged, what.stream)
   like, placed = state.with_shardings(shapes, mesh, config)
-  frozen, _ = state.with_shardings(what.frozen, mesh, config)
+  frozen, frozen_placed = state.with_shardings(what.frozen, mesh, config)
+  layout = programs.Layout(placed, frozen_placed, mesh)
   batch = _struct(what.batch, sharding.batch_sharding(mesh))
   n = _struct(jax.ShapeDtypeStruct((), np.int32), sharding.replicated(mesh))
   counts, inputs = flops.of_steps(config, rec), (like, frozen, batch, n)
@@ -71,8 +72,10 @@ def _steps(config: ConfigDict, rec: Recipe, mesh: Mesh) -> dict[str, Program]:
 
   def lower(work):
     # What a step does not read stays on the device too, so that all arguments are kept.
-    jitted = train.jit_step(work, rec, placed, mesh, collections.Counter(), keep_unused=True)
-    return jitted.lower(*inputs)
+    run = programs.jitted(work, rec, layout, collections.Counter(), keep_unused=True)
+    # Not `set_mesh`: what is computed while tracing belongs on this machine.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return run.lower(*inputs)
 
   return {
     work.name: Program(
@@ -104,10 +107,16 @@ def _sample(config: ConfigDict, rec: Recipe, mesh: Mesh) -> Program:
   sigmas = _struct(jax.ShapeDtypeStruct((MAX_STEPS + 1,), np.float32), whole)
   last = _struct(jax.ShapeDtypeStruct((), np.int32), whole)
   inputs = (average['ema'], frozen, sigmas, last, tuple(given.values()))
-  jitted = jax.jit(sample.few_step(rec), out_shardings=rows)
+  options = programs.options(rec, mesh.devices.flat[0].device_kind)
+  jitted = jax.jit(sample.few_step(rec), out_shardings=rows, compiler_options=options)
+
+  def lower():
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return jitted.lower(*inputs)
+
   return Program(
     'sample',
-    lambda: jitted.lower(*inputs),
+    lower,
     clips,
     flops.sampling(rec, STEPS),
     STEPS + rec.chunking.causal,

@@ -22,7 +22,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from salt_jax import cli, estimate, lowered, recipe, sharding, slices
-from salt_jax.checks import check_batch
+from salt_jax.checks import check_mesh
 from salt_jax.errors import InputError
 from salt_jax.estimate import REACHED, Report
 from salt_jax.flops import PEAK_FLOPS
@@ -55,11 +55,10 @@ def plan(config: ConfigDict, slice_: Slice, names: tuple[str, ...] = ()) -> list
   Raises:
     InputError: a config, mesh or batch that cannot work, or an unknown program.
   """
-  rec = recipe.build(config)
-  _check_attention(config)
+  rec = recipe.build(config, ('tpu', slice_.generation.kind))
   mesh = sharding.make_mesh(config.mesh, slices.devices(slice_))
-  check_batch(config.batch, mesh)
-  found, made = lowered.programs(config, rec, mesh), []
+  check_mesh(config, mesh)
+  found, made = lowered.of_config(config, rec, mesh), []
   unknown = [name for name in names if name not in found]
   if unknown:
     raise InputError(
@@ -71,12 +70,6 @@ def plan(config: ConfigDict, slice_: Slice, names: tuple[str, ...] = ()) -> list
     if not made[-1].fits:
       break
   return made
-
-
-def _check_attention(config: ConfigDict) -> None:
-  for name in ('model', 'teacher'):
-    if name in config and config[name].attention == 'cudnn':
-      raise InputError(f'{name}.attention=cudnn is for NVIDIA GPUs: plan compiles for TPUs.')
 
 
 def smallest(

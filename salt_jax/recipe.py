@@ -6,6 +6,7 @@ Here and nowhere else are config fields read by name, so an unknown or missing o
 import dataclasses
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -19,6 +20,7 @@ from salt_jax.losses.alignment import AlignmentConfig
 from salt_jax.losses.causal import CausalConsistencyConfig, ForcingConfig
 from salt_jax.losses.consistency import ConsistencyConfig
 from salt_jax.losses.dmd import DMDConfig
+from salt_jax.models import attention
 from salt_jax.models.cache import slots_needed
 from salt_jax.models.clip import ClipConfig
 from salt_jax.models.text import TextConfig
@@ -61,11 +63,15 @@ class Recipe:
   flow_shift: float | None = None
 
 
-def build(config: ConfigDict) -> Recipe:
+def build(config: ConfigDict, device: tuple[str, str] | None = None) -> Recipe:
   """Reads a stage's config.
 
+  Args:
+    config: the whole experiment.
+    device: (platform, kind) that it is for, such as ('tpu', 'TPU v5'); by default those of this machine.
+
   Raises:
-    InputError: for sizes that do not fit each other.
+    InputError: for sizes that do not fit each other, or attention that cannot run on the device.
   """
   check(config)
   fields = dict(
@@ -78,11 +84,11 @@ def build(config: ConfigDict) -> Recipe:
     ema_start=config.ema.start,
   )
   if 'model' in config:
-    fields['model'] = section(WanConfig, config, 'model')
+    fields['model'] = _dit(config, 'model', device)
     if fields['model'].image_dim:
       fields['clip'] = section(ClipConfig, config, 'clip')
   if 'teacher' in config:
-    fields['teacher'] = section(WanConfig, config, 'teacher')
+    fields['teacher'] = _dit(config, 'teacher', device)
   if 'rollout' in config:
     fields['chunking'] = chunking(config)
     fields['schedule'] = section(Schedule, config, 'schedule')
@@ -99,6 +105,14 @@ def build(config: ConfigDict) -> Recipe:
     if name in config:
       fields[name] = config[name]
   return Recipe(**fields)
+
+
+def _dit(config: ConfigDict, name: str, device: tuple[str, str] | None) -> WanConfig:
+  """A DiT with the attention that its config's word means on the device."""
+  cfg = section(WanConfig, config, name)
+  platform, kind = device or (jax.default_backend(), jax.devices()[0].device_kind)
+  kernel, blocks = attention.choose(cfg.attention, platform, kind, cfg.attention_blocks)
+  return dataclasses.replace(cfg, attention=kernel, attention_blocks=blocks)
 
 
 def _terms(config: ConfigDict) -> dict:

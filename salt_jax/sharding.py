@@ -2,7 +2,8 @@
 
 A rule is one of
   'replicate'              every device holds the whole array
-  'fsdp'                   the largest dimension that the `fsdp` axis divides is split over it
+  'fsdp'                   the largest dimension that fits is split over `fsdp` and `context` together
+  'columns', 'rows'        the same, but the last dimension ('rows': the one before it) is split over `tensor`
   (None, 'fsdp', 'tensor') a spec written out, one entry per dimension
 and the first pattern found in an array's '/'-joined path decides.
 """
@@ -17,9 +18,10 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from salt_jax.errors import InputError
+from salt_jax.models.axes import AXES, BATCH
 
-AXES = ('data', 'fsdp', 'context', 'tensor')
-BATCH_AXES = ('data', 'fsdp')
+# For each rule by name, the dimension from the end that `tensor` splits.
+_TENSOR = {'fsdp': None, 'columns': 1, 'rows': 2}
 
 Rule = str | tuple[str | tuple[str, ...] | None, ...]
 
@@ -85,7 +87,7 @@ def shardings(
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """The leading axis over data and fsdp together, the rest whole."""
-  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+  return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -104,7 +106,7 @@ def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     InputError: the rows cannot be split evenly over data x fsdp.
   """
   sharding = batch_sharding(mesh)
-  shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+  shards = math.prod(mesh.shape[axis] for axis in BATCH)
   spans = sharding.addressable_devices_indices_map((shards,)).values()
   held = len({span[0].start for span in spans})
   for name, rows in batch.items():
@@ -148,19 +150,35 @@ def _spec(
 ) -> PartitionSpec:
   if rule == 'replicate':
     return PartitionSpec()
-  if rule == 'fsdp':
-    return _fsdp_spec(shape, mesh.shape['fsdp'], min_size)
+  if rule in _TENSOR:
+    return _fsdp_spec(shape, mesh, min_size, _TENSOR[rule])
   if isinstance(rule, str):
-    raise InputError(f"sharding rule '{rule}' is unknown; use 'replicate', 'fsdp' or a tuple.")
+    raise InputError(
+      f"sharding rule '{rule}' is unknown; use 'replicate', {', '.join(map(repr, _TENSOR))} or a tuple."
+    )
   return _written_spec(tuple(rule), name, shape, mesh)
 
 
-def _fsdp_spec(shape: tuple[int, ...], size: int, min_size: int) -> PartitionSpec:
-  divisible = [(length, axis) for axis, length in enumerate(shape) if length % size == 0]
-  if size == 1 or math.prod(shape) < min_size or not divisible:
+def _fsdp_spec(
+  shape: tuple[int, ...], mesh: Mesh, min_size: int, tensor: int | None
+) -> PartitionSpec:
+  """`tensor` is the dimension, from the end, that the axis of this name splits if it can."""
+  if math.prod(shape) < min_size:
     return PartitionSpec()
-  axis = max(divisible)[1]
-  return PartitionSpec(*(None,) * axis, 'fsdp')
+  entries: list = [None] * len(shape)
+  if tensor is not None and mesh.shape['tensor'] > 1 and len(shape) >= tensor:
+    if shape[-tensor] % mesh.shape['tensor'] == 0:
+      entries[-tensor] = 'tensor'
+  for axes in (('fsdp', 'context'), ('fsdp',), ('context',)):
+    size = math.prod(mesh.shape[axis] for axis in axes)
+    free = [(n, i) for i, n in enumerate(shape) if entries[i] is None and n % size == 0]
+    if size > 1 and free:
+      kept = tuple(axis for axis in axes if mesh.shape[axis] > 1)
+      entries[max(free)[1]] = kept if len(kept) > 1 else kept[0]
+      break
+  while entries and entries[-1] is None:
+    entries.pop()
+  return PartitionSpec(*entries)
 
 
 def _written_spec(

@@ -10,6 +10,8 @@ from flax import struct
 from jaxtyping import Array, Int, PyTree
 
 from salt_jax import sharding
+from salt_jax.models.axes import BATCH
+from salt_jax.models.cache import LAYOUT
 
 
 @struct.dataclass
@@ -32,11 +34,10 @@ class TrainState:
 
 
 # Of what is carried, all that has a batch axis is split as batches are.
-_ROWS = ('data', 'fsdp')
 STREAM_RULES = (
-  ('^stream/cache/[kv]$', (None, _ROWS, None, None, None, None)),
-  ('^stream/latents$', (_ROWS, None, None, None, None)),
-  ('^stream/prompts/', (_ROWS, None)),
+  ('^stream/cache/[kv]$', LAYOUT),
+  ('^stream/latents$', (BATCH, None, None, None, None)),
+  ('^stream/prompts/', (BATCH, None)),
   ('^stream/', 'replicate'),
 )
 

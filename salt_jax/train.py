@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import functools
 import logging
 import os
 
@@ -10,11 +9,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from salt_jax import evaluate, monitor, outline, sharding, stages, weights
+from salt_jax import evaluate, monitor, programs, sharding, stages, weights
 from salt_jax import recipe as recipes
 from salt_jax import state as states
 from salt_jax.checkpoint import Checkpoints, check_config, config_digest, write_config
-from salt_jax.checks import check_batch
+from salt_jax.checks import check_mesh
 from salt_jax.data import Feed
 from salt_jax.errors import InputError
 from salt_jax.metrics import Progress, Writer, assert_finite, param_count, without_inactive
@@ -50,7 +49,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, int]:
   """
   rec = recipes.build(config)
   mesh = sharding.make_mesh(config.mesh)
-  check_batch(config.batch, mesh)
+  check_mesh(config, mesh)
   check_config(workdir, config, FREE)
   stage = stages.build(config, rec, workdir)
   evaluate.check(config, rec)
@@ -90,7 +89,8 @@ def run(config: ConfigDict, workdir: str) -> dict[str, int]:
   )
 
   traces = collections.Counter()
-  jitted = {spec.name: jit_step(spec, rec, placed, mesh, traces) for spec in stage.steps}
+  layout = programs.Layout(placed, frozen_placed, mesh)
+  jitted = {spec.name: programs.step(spec, rec, layout, traces) for spec in stage.steps}
   feeds = {spec.name: _feed(spec, config, start) for spec in stage.steps}
   writer, progress = Writer(workdir, start), Progress(config.total_steps, start)
   digest, waiting = config_digest(config), None
@@ -128,22 +128,6 @@ def run(config: ConfigDict, workdir: str) -> dict[str, int]:
 def _restore(checkpoints: Checkpoints, step: int, like) -> states.TrainState:
   got = checkpoints.restore(step, {'state': like.replace(ema={}), 'ema': like.ema})
   return got['state'].replace(ema=got['ema'])
-
-
-def jit_step(spec: stages.StepSpec | outline.Work, rec, placed, mesh, traces, keep_unused=False):
-  """The step with its shardings, the state donated; counts how often it is traced."""
-
-  def counted(state, frozen, batch, n):
-    traces[spec.name] += 1
-    return spec.run(state, frozen, batch, n, recipe=rec)
-
-  functools.update_wrapper(counted, spec.run)
-  return jax.jit(
-    counted,
-    donate_argnums=0,
-    out_shardings=(placed, sharding.replicated(mesh)),
-    keep_unused=keep_unused,
-  )
 
 
 def _feed(spec: stages.StepSpec, config: ConfigDict, start: int):

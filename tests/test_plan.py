@@ -293,7 +293,7 @@ def test_what_is_executed_is_what_the_formula_says(chunk, remat, folder):
   )
   rec = recipe.build(config)
   mesh = sharding.make_mesh(ONE, jax.devices()[:1])
-  for name, program in lowered.programs(config, rec, mesh).items():
+  for name, program in lowered.of_config(config, rec, mesh).items():
     if name not in ('generator', 'critic'):
       continue
     found = _products(lowered.compiled(program).as_text(), program.passes) / config.batch
@@ -436,7 +436,7 @@ def test_a_mesh_that_does_not_divide_is_refused_before_anything_is_compiled(monk
   with pytest.raises(InputError, match='batch=6 cannot be split over data x fsdp = 4 shards'):
     plan.plan(config, slices.parse('v5p-8'))
   config.batch, config.model.attention = 64, 'cudnn'
-  with pytest.raises(InputError, match='model.attention=cudnn is for NVIDIA GPUs'):
+  with pytest.raises(InputError, match='attention "cudnn" needs a gpu, and this is a tpu'):
     plan.plan(config, slices.parse('v5p-8'))
 
 

@@ -21,8 +21,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from salt_jax.diffusion import flow
 from salt_jax.errors import InputError
-from salt_jax.models import rope
-from salt_jax.models.cache import KVCache, allocate, slots_needed, write
+from salt_jax.models import axes, rope
+from salt_jax.models.cache import LAYOUT, KVCache, allocate, slots_needed, write
 from salt_jax.models.prompt import Prompt
 from salt_jax.models.wan import Chunk, Clip
 
@@ -221,7 +221,7 @@ def denoise_chunk(
 
 def _own_keys(chunking: Chunking, shape: tuple[int, int]):
   layers, tokens, heads, width = chunking.cache
-  zeros = jnp.zeros((layers, *shape, tokens, heads, width), chunking.dtype)
+  zeros = axes.split(jnp.zeros((layers, *shape, tokens, heads, width), chunking.dtype), *LAYOUT)
   return zeros, zeros
 
 

@@ -1,19 +1,78 @@
-"""One attention operation, two back ends, and the chunk-causal form built from it.
+"""One attention operation, three back ends, and the chunk-causal form built from it.
 
 Block-causal attention over a clip is a handful of full attentions, one for each chunk of queries, over a
 static prefix of keys. So no back end needs a mask, no block is computed to be thrown away, and cuDNN
 serves it as it is.
 """
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
 from salt_jax.errors import InputError
+from salt_jax.models import axes, splash
 
-IMPLEMENTATIONS = ('dense', 'cudnn')
+# The platforms that have a back end; 'auto' is the one of the platform, here and nowhere below a config.
+PLATFORMS = {'dense': ('cpu', 'gpu', 'tpu'), 'cudnn': ('gpu',), 'splash': ('tpu',)}
+BEST = {'cpu': 'dense', 'gpu': 'cudnn', 'tpu': 'splash'}
+SAVED = splash.SAVED
+
+
+class Kernel(NamedTuple):
+  """What computes attention.
+
+  Attributes:
+    name: 'dense' (any device, quadratic memory), 'cudnn' (NVIDIA, 16-bit inputs) or 'splash' (TPU).
+    blocks: of splash, (queries, keys, keys at once).
+    interpret: runs splash step by step on any device, for tests.
+  """
+
+  name: str = 'dense'
+  blocks: tuple[int, ...] = ()
+  interpret: bool = False
+
+
+DENSE = Kernel()
+
+
+def choose(
+  name: str, platform: str, kind: str, blocks: tuple[int, ...] = ()
+) -> tuple[str, tuple[int, ...]]:
+  """(back end, blocks) of a config's word on a device.
+
+  Args:
+    name: a back end, or 'auto' for the best of the platform.
+    platform: cpu, gpu or tpu.
+    kind: of the device, as JAX names it; gives the blocks of splash.
+    blocks: those of the config, if it has its own.
+
+  Raises:
+    InputError: a back end that is unknown or cannot run there; never another in its stead.
+  """
+  if name == 'auto':
+    name = BEST.get(platform, 'dense')
+  if name not in PLATFORMS:
+    raise InputError(f'attention "{name}" is unknown; choose one of auto, {", ".join(PLATFORMS)}.')
+  if platform not in PLATFORMS[name]:
+    raise InputError(
+      f'attention "{name}" needs a {PLATFORMS[name][0]}, and this is a {platform}: set it to auto, or to '
+      f'{BEST.get(platform, "dense")}.'
+    )
+  if name != 'splash':
+    return name, ()
+  if blocks:
+    splash.check(blocks)
+    return name, blocks
+  if kind not in splash.BLOCKS:
+    raise InputError(
+      f'splash attention has no blocks for a "{kind}": name them as attention_blocks, such as (1024, 1024, 512).'
+    )
+  return name, splash.BLOCKS[kind]
 
 
 def attend(
@@ -21,35 +80,63 @@ def attend(
   k: Float[Array, 'b s n d'],
   v: Float[Array, 'b s n d'],
   valid: Bool[Array, 's'] | None = None,
-  implementation: str = 'dense',
+  kernel: Kernel = DENSE,
 ) -> Float[Array, 'b l n d']:
   """softmax(q k^T / sqrt(d)) v, softmax in float32.
+
+  On a mesh each device has some heads (`axes.HEADS`) and all tokens.
 
   Args:
     q: queries.
     k: keys, already rotated.
     v: values.
     valid: keys that may be seen, the same for every query; None means all.
-    implementation: 'dense' (any device, quadratic memory) or 'cudnn' (NVIDIA, 16-bit inputs).
+    kernel: what computes it.
 
   Raises:
-    InputError: for an unknown implementation, or cuDNN with 32-bit inputs.
+    InputError: for an unknown kernel, or cuDNN with 32-bit inputs.
   """
-  if implementation == 'dense':
-    return _dense(q, k, v, valid)
-  if implementation == 'cudnn':
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-      raise InputError(
-        f'attention "cudnn" needs bfloat16 or float16, not {q.dtype}: set the model dtype.'
-      )
-    mask = None if valid is None else valid[None, None, None, :]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation='cudnn')
-  raise InputError(
-    f'attention "{implementation}" is unknown; choose one of {", ".join(IMPLEMENTATIONS)}.'
+  names = (axes.BATCH, None, axes.HEADS, None)
+  run = axes.per_device(
+    functools.partial(_attend, kernel=kernel), (names, names, names, (None,)), names
   )
+  return run(q, k, v, valid)
 
 
-def _dense(q, k, v, valid):
+def attend_rows(
+  q: Float[Array, 'b f t n d'],
+  k: Float[Array, 'b s n d'],
+  v: Float[Array, 'b s n d'],
+  kernel: Kernel = DENSE,
+) -> Float[Array, 'b f t n d']:
+  """The same for few keys that all devices have: on a mesh each has some tokens, and heads by `axes.WIDTH`."""
+
+  def run(q, k, v):
+    out = _attend(rearrange(q, 'b f t n d -> b (f t) n d'), k, v, None, kernel)
+    return rearrange(out, 'b (f t) n d -> b f t n d', f=q.shape[1])
+
+  mine = (axes.BATCH, None, axes.TOKENS, axes.WIDTH, None)
+  theirs = (axes.BATCH, None, axes.WIDTH, None)
+  return axes.per_device(run, (mine, theirs, theirs), mine)(q, k, v)
+
+
+def _attend(q, k, v, valid, kernel):
+  if kernel.name == 'dense':
+    return dense(q, k, v, valid)
+  if kernel.name == 'cudnn':
+    return _cudnn(q, k, v, valid)
+  if kernel.name == 'splash':
+    return splash.attend(q, k, v, valid, kernel.blocks, kernel.interpret)
+  raise InputError(f'attention "{kernel.name}" is unknown; choose one of {", ".join(PLATFORMS)}.')
+
+
+def dense(
+  q: Float[Array, 'b l n d'],
+  k: Float[Array, 'b s n d'],
+  v: Float[Array, 'b s n d'],
+  valid: Bool[Array, 's'] | None = None,
+) -> Float[Array, 'b l n d']:
+  """The operation in plain array code, which the compiler splits over a mesh as it likes."""
   logits = jnp.einsum('b l n d, b s n d -> b n l s', q, k, preferred_element_type=jnp.float32)
   logits = logits * q.shape[-1] ** -0.5
   if valid is not None:
@@ -58,11 +145,31 @@ def _dense(q, k, v, valid):
   return jnp.einsum('b n l s, b s n d -> b l n d', weights, v)
 
 
+def _cudnn(q, k, v, valid):
+  if q.dtype not in (jnp.bfloat16, jnp.float16):
+    raise InputError(
+      f'attention "cudnn" needs bfloat16 or float16, not {q.dtype}: set the model dtype.'
+    )
+  lengths = None
+  if valid is not None:
+    # A mask would become a bias of queries x keys; a length costs nothing, and the order of keys means nothing.
+    k, v = (first_valid(x, valid) for x in (k, v))
+    lengths = jnp.full(q.shape[0], jnp.sum(valid), jnp.int32)
+  return jax.nn.dot_product_attention(
+    q, k, v, key_value_seq_lengths=lengths, implementation='cudnn'
+  )
+
+
+def first_valid(x: Float[Array, 'b s n d'], valid: Bool[Array, 's']) -> Float[Array, 'b s n d']:
+  """The keys that may be seen before those that may not."""
+  return jnp.take(x, jnp.argsort(~valid, stable=True), axis=1)
+
+
 def chunk_causal(
   qkv: Sequence[Float[Array, 'b l n d']],
   chunk: int,
   past: Callable[[int], tuple[Array, Array, Array | None]] | None = None,
-  implementation: str = 'dense',
+  kernel: Kernel = DENSE,
 ) -> Float[Array, 'b l n d']:
   """Each chunk of `chunk` tokens sees itself, both ways, and the chunks before it.
 
@@ -71,7 +178,7 @@ def chunk_causal(
     chunk: tokens in a chunk.
     past: gives the (keys, values) that stand before chunk i, and which of them may be seen, None if all; without
       it these are the clip's own earlier tokens.
-    implementation: as in `attend`.
+    kernel: as in `attend`.
   """
   q, k, v = qkv
   outs = []
@@ -85,5 +192,5 @@ def chunk_causal(
       values = jnp.concatenate([before_v, v[:, own]], axis=1)
       if seen is not None:
         valid = jnp.concatenate([seen, jnp.ones(chunk, bool)])
-    outs.append(attend(q[:, own], keys, values, valid, implementation))
+    outs.append(attend(q[:, own], keys, values, valid, kernel))
   return jnp.concatenate(outs, axis=1)

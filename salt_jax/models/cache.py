@@ -15,6 +15,10 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from salt_jax.errors import InputError
+from salt_jax.models import axes
+
+# Axes of `[layer b slot t n d]`: as attention reads them.
+LAYOUT = (None, axes.BATCH, None, None, axes.HEADS, None)
 
 
 @struct.dataclass
@@ -52,7 +56,7 @@ def allocate(
     raise InputError(
       f'a cache of {shape[2]} frames cannot hold a sink of {sink}: enlarge the window.'
     )
-  zeros = jnp.zeros(shape, dtype)
+  zeros = axes.split(jnp.zeros(shape, dtype), *LAYOUT)
   return KVCache(zeros, zeros, jnp.full(shape[2], -1, jnp.int32), sink=sink, window=window)
 
 
@@ -90,6 +94,7 @@ def write(
       new_v, v[:, :, i : i + 1].astype(new_v.dtype), slot, axis=2
     )
     frames = frames.at[slot].set(start + i)
+  new_k, new_v = (axes.split(x, *LAYOUT) for x in (new_k, new_v))
   return cache.replace(k=new_k, v=new_v, frames=frames)
 
 

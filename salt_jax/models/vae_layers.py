@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from flax import linen as nn
 
-from salt_jax.models.attention import attend
+from salt_jax.models.attention import dense
 
 HISTORY = 2  # frames that a causal convolution sees before its own
 
@@ -110,7 +110,7 @@ class Attention(nn.Module):
     b, t, h, w, c = x.shape
     qkv = pointwise(3 * c, self.dtype, 'to_qkv', 2)(Norm(self.dtype, name='norm')(x))
     qkv = rearrange(qkv, 'b t h w (part c) -> part (b t) (h w) 1 c', part=3)
-    y = rearrange(attend(*qkv), '(b t) (h w) 1 c -> b t h w c', t=t, h=h)
+    y = rearrange(dense(*qkv), '(b t) (h w) 1 c -> b t h w c', t=t, h=h)
     return x + pointwise(c, self.dtype, 'proj', 2)(y), {}
 
 

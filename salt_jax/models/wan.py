@@ -15,24 +15,38 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange
 from flax import linen as nn
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from salt_jax.errors import InputError
-from salt_jax.models import attention, rope
+from salt_jax.models import attention, axes, rope
 from salt_jax.models import prompt as prompts
+from salt_jax.models.attention import Kernel
 from salt_jax.models.cache import KVCache, visible_runs, visible_slots
+from salt_jax.models.dit_layers import (
+  AffineLayerNorm,
+  ImageEmbedding,
+  RMSNorm,
+  layer_norm,
+  project,
+  sinusoid,
+)
 from salt_jax.models.prompt import Prompt
 
 PATCH = 2
+INPUT = 'block_input'
+REMAT_NAMES = (attention.SAVED, INPUT)  # what a remat policy can name
 
 
 @dataclasses.dataclass(frozen=True)
 class WanConfig:
   """Sizes of a DiT and how it computes; hashable, so it is static under jit.
+
+  `attention` and `attention_blocks` are a `Kernel`. With `remat` a block's backward pass computes its
+  forward pass again, but for what of `REMAT_NAMES` is kept: `remat_saves` on the device, `remat_offloads` on the host.
 
   Input channels beyond the output's take `Prompt.frames`. If `image_dim` is not 0, there are `image_len` rows of that
   width from a CLIP tower, given learned positions if `image_positions` (those of FLF2V are of two images).
@@ -53,7 +67,10 @@ class WanConfig:
   eps: float = 1e-6
   dtype: str = 'bfloat16'
   attention: str = 'dense'
+  attention_blocks: tuple[int, ...] = ()
   remat: bool = True
+  remat_saves: tuple[str, ...] = ()
+  remat_offloads: tuple[str, ...] = ()
 
   def __post_init__(self):
     if self.dim % self.heads or (self.dim // self.heads) % 2:
@@ -62,10 +79,19 @@ class WanConfig:
       raise InputError(
         f'in_channels {self.in_channels} must not be fewer than out_channels {self.out_channels}.'
       )
+    unknown = {*self.remat_saves, *self.remat_offloads} - set(REMAT_NAMES)
+    if unknown:
+      raise InputError(
+        f'remat_saves and remat_offloads take {" and ".join(REMAT_NAMES)}, not {", ".join(sorted(unknown))}.'
+      )
 
   @property
   def head_dim(self) -> int:
     return self.dim // self.heads
+
+  @property
+  def kernel(self) -> Kernel:
+    return Kernel(self.attention, tuple(self.attention_blocks))
 
   @property
   def frame_channels(self) -> int:
@@ -149,48 +175,7 @@ class Features:
   taps: dict[int, Array]
 
 
-def layer_norm(x: Float[Array, '... d'], eps: float) -> Float[Array, '... d']:
-  """LayerNorm without parameters, statistics in float32, result in float32."""
-  x = x.astype(jnp.float32)
-  centred = x - x.mean(-1, keepdims=True)
-  return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
-
-
-def sinusoid(t: Float[Array, 'b f'], dim: int) -> Float[Array, 'b f {dim}']:
-  """Time embedding of t in [0, 1000]: cosines first, then sines, frequencies 10000**(-i / (dim/2))."""
-  frequencies = 10000.0 ** (-np.arange(dim // 2, dtype=np.float64) / (dim // 2))
-  angles = t.astype(jnp.float32)[..., None] * jnp.asarray(frequencies, jnp.float32)
-  return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
-class RMSNorm(nn.Module):
-  """RMS over the whole width, before the head split; the weight multiplies after the cast back."""
-
-  eps: float
-
-  @nn.compact
-  def __call__(self, x):
-    weight = self.param('weight', nn.initializers.ones, (x.shape[-1],))
-    x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + self.eps)
-    return x32.astype(x.dtype) * weight
-
-
-class AffineLayerNorm(nn.Module):
-  eps: float
-
-  @nn.compact
-  def __call__(self, x):
-    weight = self.param('weight', nn.initializers.ones, (x.shape[-1],))
-    bias = self.param('bias', nn.initializers.zeros, (x.shape[-1],))
-    return layer_norm(x, self.eps) * weight + bias
-
-
-def _dense(
-  features: int, cfg: WanConfig, name: str, std: float | None = None, dtype=None
-) -> nn.Dense:
-  init = nn.initializers.xavier_uniform() if std is None else nn.initializers.normal(std)
-  return nn.Dense(features, dtype=dtype or cfg.dtype, kernel_init=init, name=name)
+_STREAM = (axes.BATCH, None, axes.TOKENS, None)  # axes of the residual stream `[b f t d]`
 
 
 class SelfAttention(nn.Module):
@@ -200,21 +185,24 @@ class SelfAttention(nn.Module):
   def __call__(self, x, angles, ctx, past):
     cfg = self.cfg
     split = functools.partial(rearrange, pattern='b f t (n d) -> b f t n d', n=cfg.heads)
-    q = RMSNorm(cfg.eps, name='norm_q')(_dense(cfg.dim, cfg, 'q')(x))
-    k = RMSNorm(cfg.eps, name='norm_k')(_dense(cfg.dim, cfg, 'k')(x))
-    v = split(_dense(cfg.dim, cfg, 'v')(x))
+    q = RMSNorm(cfg.eps, name='norm_q')(project(cfg.dim, cfg, 'q')(x))
+    k = RMSNorm(cfg.eps, name='norm_k')(project(cfg.dim, cfg, 'k')(x))
+    v = split(project(cfg.dim, cfg, 'v')(x))
     q = rope.rotate(split(q), angles).astype(cfg.dtype)
     k = rope.rotate(split(k), angles).astype(cfg.dtype)
-    out = _read(q, k, v, ctx, past, cfg.attention)
+    # From here on a device has all tokens of some heads.
+    q, k, v = (axes.split(y, axes.BATCH, None, None, axes.HEADS, None) for y in (q, k, v))
+    out = _read(q, k, v, ctx, past, cfg.kernel)
     out = rearrange(out, 'b (f t) n d -> b f t (n d)', t=x.shape[2])
-    return _dense(cfg.dim, cfg, 'o')(out), k, v
+    out = axes.split(out, axes.BATCH, None, axes.TOKENS, axes.WIDTH)
+    return project(cfg.dim, cfg, 'o')(out), k, v
 
 
 def _tokens(x):
   return rearrange(x, 'b f t n d -> b (f t) n d')
 
 
-def _read(q, k, v, ctx, past, implementation):
+def _read(q, k, v, ctx, past, kernel):
   """Self-attention of the context's kind; `past` holds this layer's cached keys and values `[b slot t n d]`."""
   frames, tokens = k.shape[1], k.shape[2]
   q, k, v = _tokens(q), _tokens(k), _tokens(v)
@@ -224,9 +212,9 @@ def _read(q, k, v, ctx, past, implementation):
     v = jnp.concatenate([v, cached_v], axis=1)
     if valid is not None:
       valid = jnp.concatenate([jnp.ones(frames * tokens, bool), valid])
-    return attention.attend(q, k, v, valid, implementation)
+    return attention.attend(q, k, v, valid, kernel)
   if ctx.chunk is None:
-    return attention.attend(q, k, v, implementation=implementation)
+    return attention.attend(q, k, v, kernel=kernel)
   before = None
   if ctx.past is not None:
 
@@ -234,7 +222,7 @@ def _read(q, k, v, ctx, past, implementation):
       start = i * ctx.chunk if ctx.start is None else ctx.start + i * ctx.chunk
       return _behind(ctx.past, past, start, ctx.chunk)
 
-  return attention.chunk_causal((q, k, v), ctx.chunk * tokens, before, implementation)
+  return attention.chunk_causal((q, k, v), ctx.chunk * tokens, before, kernel)
 
 
 def _behind(cache: KVCache, past, start, count: int):
@@ -253,22 +241,6 @@ def _behind(cache: KVCache, past, start, count: int):
   return _tokens(past[0]), _tokens(past[1]), jnp.repeat(valid, past[0].shape[2])
 
 
-class ImageEmbedding(nn.Module):
-  """CLIP rows to the model's width (wan.md 1.9): eps 1e-5, and the exact GELU."""
-
-  cfg: WanConfig
-
-  @nn.compact
-  def __call__(self, rows):
-    cfg = self.cfg
-    if cfg.image_positions:
-      shape = (1, cfg.image_len, cfg.image_dim)
-      rows = rows + self.param('emb_pos', nn.initializers.zeros, shape)
-    h = _dense(cfg.image_dim, cfg, 'proj_1')(AffineLayerNorm(1e-5, name='proj_0')(rows))
-    h = _dense(cfg.dim, cfg, 'proj_3')(jax.nn.gelu(h, approximate=False))
-    return AffineLayerNorm(1e-5, name='proj_4')(h)
-
-
 class CrossAttention(nn.Module):
   """Attention to all text rows; the zero rows behind a prompt are attended too, as in the original.
 
@@ -280,21 +252,21 @@ class CrossAttention(nn.Module):
   @nn.compact
   def __call__(self, x, text, image):
     cfg = self.cfg
-    split = functools.partial(rearrange, pattern='b l (n d) -> b l n d', n=cfg.heads)
-    flat = rearrange(x, 'b f t d -> b (f t) d')
-    q = split(RMSNorm(cfg.eps, name='norm_q')(_dense(cfg.dim, cfg, 'q')(flat))).astype(cfg.dtype)
+
+    def heads(x):
+      return rearrange(x, '... (n d) -> ... n d', n=cfg.heads).astype(cfg.dtype)
+
+    q = heads(RMSNorm(cfg.eps, name='norm_q')(project(cfg.dim, cfg, 'q')(x)))
 
     def read(rows, suffix):
-      k = RMSNorm(cfg.eps, name=f'norm_k{suffix}')(_dense(cfg.dim, cfg, f'k{suffix}')(rows))
-      v = _dense(cfg.dim, cfg, f'v{suffix}')(rows)
-      k, v = (split(y).astype(cfg.dtype) for y in (k, v))
-      return attention.attend(q, k, v, implementation=cfg.attention)
+      k = RMSNorm(cfg.eps, name=f'norm_k{suffix}')(project(cfg.dim, cfg, f'k{suffix}')(rows))
+      v = project(cfg.dim, cfg, f'v{suffix}')(rows)
+      return attention.attend_rows(q, heads(k), heads(v), cfg.kernel)
 
     out = read(text, '')
     if image is not None:
       out = out + read(image, '_img')
-    out = rearrange(out, 'b (f t) n d -> b f t (n d)', f=x.shape[1])
-    return _dense(cfg.dim, cfg, 'o')(out)
+    return project(cfg.dim, cfg, 'o')(rearrange(out, 'b f t n d -> b f t (n d)'))
 
 
 class Block(nn.Module):
@@ -306,6 +278,7 @@ class Block(nn.Module):
   def __call__(self, carry, angles, time, rows, ctx, layer):
     cfg = self.cfg
     x, taps = carry
+    x = checkpoint_name(axes.split(x, *_STREAM), INPUT)
     index, past = layer
     modulation = self.param('modulation', nn.initializers.normal(cfg.dim**-0.5), (1, 6, cfg.dim))
     shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = rearrange(
@@ -317,10 +290,21 @@ class Block(nn.Module):
     h = AffineLayerNorm(cfg.eps, name='norm3')(x)
     x = x + CrossAttention(cfg, name='cross_attn')(h, *rows).astype(jnp.float32)
     h = layer_norm(x, cfg.eps) * (1 + scale_m) + shift_m
-    h = jax.nn.gelu(_dense(cfg.ffn_dim, cfg, 'ffn_0')(h), approximate=True)
-    x = x + _dense(cfg.dim, cfg, 'ffn_2')(h).astype(jnp.float32) * gate_m
+    h = jax.nn.gelu(project(cfg.ffn_dim, cfg, 'ffn_0')(h), approximate=True)
+    x = x + project(cfg.dim, cfg, 'ffn_2')(h).astype(jnp.float32) * gate_m
+    x = axes.split(x, *_STREAM)
     taps = {i: jnp.where(index == i, x, old) for i, old in taps.items()}
     return (x, taps), (k, v)
+
+
+def _rematerialised(cfg: WanConfig):
+  policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=list(cfg.remat_saves),
+    names_which_can_be_offloaded=list(cfg.remat_offloads),
+    offload_src='device',
+    offload_dst='pinned_host',
+  )
+  return nn.remat(Block, prevent_cse=False, policy=policy)
 
 
 class Head(nn.Module):
@@ -352,14 +336,17 @@ class Wan(nn.Module):
     x = prompts.frames_behind(x, prompt, ctx.start)
 
     x = rearrange(x, 'b f (h ph) (w pw) c -> b f (h w) (c ph pw)', ph=PATCH, pw=PATCH)
-    x = _dense(cfg.dim, cfg, 'patch_embedding')(x).astype(jnp.float32)
-    text = _dense(cfg.dim, cfg, 'text_embedding_0', 0.02)(prompt.text)
-    text = _dense(cfg.dim, cfg, 'text_embedding_2', 0.02)(jax.nn.gelu(text, approximate=True))
+    x = axes.split(project(cfg.dim, cfg, 'patch_embedding')(x).astype(jnp.float32), *_STREAM)
+    text = project(cfg.dim, cfg, 'text_embedding_0', 0.02)(prompt.text)
+    text = project(cfg.dim, cfg, 'text_embedding_2', 0.02)(jax.nn.gelu(text, approximate=True))
     image = ImageEmbedding(cfg, name='img_emb')(prompt.image) if cfg.image_dim else None
-    e = _dense(cfg.dim, cfg, 'time_embedding_0', 0.02, jnp.float32)(sinusoid(t, cfg.freq_dim))
-    e = _dense(cfg.dim, cfg, 'time_embedding_2', 0.02, jnp.float32)(jax.nn.silu(e))
-    e6 = _dense(6 * cfg.dim, cfg, 'time_projection_1', dtype=jnp.float32)(jax.nn.silu(e))
+    e = project(cfg.dim, cfg, 'time_embedding_0', 0.02, jnp.float32)(sinusoid(t, cfg.freq_dim))
+    e = project(cfg.dim, cfg, 'time_embedding_2', 0.02, jnp.float32)(jax.nn.silu(e))
+    e6 = project(6 * cfg.dim, cfg, 'time_projection_1', dtype=jnp.float32)(jax.nn.silu(e))
     e6 = rearrange(e6, 'b f (six d) -> b f six d', six=6)
+    # Small and used by all: whole on every device of an example.
+    text, e = axes.split(text, axes.BATCH, None, None), axes.split(e, axes.BATCH, None, None)
+    e6 = axes.split(e6, axes.BATCH, None, None, None)
 
     x, k, v, taps = self._blocks(x, angles, e6, (text, image), ctx)
     x = Head(cfg, name='head')(x, e)
@@ -376,7 +363,7 @@ class Wan(nn.Module):
     past = () if cache is None else (cache.k, cache.v)
     if not (isinstance(ctx, Clip) and ctx.live):
       past = jax.lax.stop_gradient(past)
-    block = nn.remat(Block, prevent_cse=False) if cfg.remat else Block
+    block = _rematerialised(cfg) if cfg.remat else Block
     scanned = nn.scan(
       block,
       variable_axes={'params': 0},

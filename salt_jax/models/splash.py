@@ -1,0 +1,129 @@
+"""Splash attention of Pallas on TPU, for any lengths: padded to blocks, what is padded never seen.
+
+Full attention is all that is asked of it (`attention.chunk_causal` builds the causal form from it), so there is no
+mask to cut into blocks, and keys that may not be seen, of padding or of a ring, have a segment of their own.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention
+from jaxtyping import Array, Bool, Float
+
+from salt_jax.errors import InputError
+
+SAVED = (
+  'attention'  # name of the result for a remat policy; keeping it spares the kernel's forward pass
+)
+LANES = 128  # all blocks are multiples
+# Largest (queries, keys, keys at once) of a block, by device kind; VMEM as `VMEM_KIB` allows.
+BLOCKS = {
+  'TPU v4': (1024, 1024, 512),
+  'TPU v5': (2048, 2048, 1024),
+  'TPU v5 lite': (2048, 2048, 1024),
+  'TPU v6 lite': (2048, 2048, 1024),
+  'TPU7x': (2048, 2048, 1024),
+}
+# Room that these blocks need, an option of the compiler.
+VMEM_KIB = {
+  'TPU v4': 32768,
+  'TPU v5': 65536,
+  'TPU v5 lite': 65536,
+  'TPU v6 lite': 65536,
+  'TPU7x': 65536,
+}
+
+
+def check(blocks: tuple[int, ...]) -> None:
+  """Refuses blocks that the kernel cannot have.
+
+  Raises:
+    InputError: not three multiples of 128, the second of the third.
+  """
+  whole = len(blocks) == 3 and all(size > 0 and size % LANES == 0 for size in blocks)
+  if not whole or blocks[1] % blocks[2]:
+    raise InputError(
+      f'attention_blocks={blocks} must be (queries, keys, keys at once), multiples of {LANES}, such as '
+      '(1024, 1024, 512).'
+    )
+
+
+def block(length: int, largest: int, unit: int = LANES) -> int:
+  """Block of at most `largest`, a multiple of `unit`, that pads `length` least; of equals the largest."""
+  fewest = -(-length // largest)
+  sizes = {-(-length // count // unit) * unit for count in range(fewest, 2 * fewest + 1)}
+  sizes = [size for size in sizes if size <= largest]
+  return min(sizes, key=lambda size: (-(-length // size) * size, -size))
+
+
+@functools.lru_cache(maxsize=64)
+def _kernel(heads: int, queries: int, keys: int, blocks: tuple[int, int, int], interpret: bool):
+  """The kernel of one shape, lengths padded; its tables are constants, made once."""
+  block_q, block_kv, compute = blocks
+  mask = splash_attention.MultiHeadMask([splash_attention.FullMask((queries, keys))] * heads)
+  sizes = splash_attention.BlockSizes(
+    block_q=block_q,
+    block_kv=block_kv,
+    block_kv_compute=compute,
+    block_q_dkv=block_q,
+    block_kv_dkv=block_kv,
+    block_kv_dkv_compute=compute,
+    block_q_dq=block_q,
+    block_kv_dq=block_kv,
+  )
+  with jax.ensure_compile_time_eval():
+    return splash_attention.make_splash_mha(
+      mask,
+      block_sizes=sizes,
+      head_shards=1,
+      q_seq_shards=1,
+      residual_checkpoint_name=SAVED,
+      interpret=interpret,
+    )
+
+
+def chosen(queries: int, keys: int, largest: tuple[int, int, int]) -> tuple[int, int, int]:
+  """Blocks (queries, keys, keys at once) for these lengths; keys come in whole multiples of what is done at once."""
+  most_q, most_kv, compute = largest
+  compute = min(compute, -(-keys // LANES) * LANES)
+  return block(queries, most_q), block(keys, max(most_kv, compute), compute), compute
+
+
+def attend(
+  q: Float[Array, 'b l n d'],
+  k: Float[Array, 'b s n d'],
+  v: Float[Array, 'b s n d'],
+  valid: Bool[Array, 's'] | None,
+  blocks: tuple[int, int, int],
+  interpret: bool = False,
+) -> Float[Array, 'b l n d']:
+  """softmax(q k^T / sqrt(d)) v on one device.
+
+  Args:
+    q, k, v: as for `attention.attend`.
+    valid: keys that may be seen; None means all.
+    blocks: largest blocks, as in `BLOCKS`.
+    interpret: runs the kernel step by step on any device, for tests.
+  """
+  length, keys = q.shape[1], k.shape[1]
+  sizes = chosen(length, keys, tuple(blocks))
+  padded_q, padded_kv = (
+    -(-n // size) * size for n, size in zip((length, keys), sizes, strict=False)
+  )
+  kernel = _kernel(q.shape[2], padded_q, padded_kv, sizes, interpret)
+
+  def lay(x, to):
+    return jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, to - x.shape[1]), (0, 0)))
+
+  segments = None
+  if valid is not None or padded_kv > keys:
+    seen = jnp.ones(keys, jnp.int32) if valid is None else valid.astype(jnp.int32)
+    segments = splash_attention.SegmentIds(
+      q=jnp.ones(padded_q, jnp.int32), kv=jnp.pad(seen, (0, padded_kv - keys))
+    )
+  scaled = q * jnp.asarray(1 / math.sqrt(q.shape[-1]), q.dtype)
+  run = jax.vmap(lambda a, b, c: kernel(a, b, c, segments))
+  out = run(lay(scaled, padded_q), lay(k, padded_kv), lay(v, padded_kv))
+  return jnp.swapaxes(out[:, :, :length], 1, 2).astype(v.dtype)

@@ -1,0 +1,169 @@
+"""The back ends of attention agree, in values and gradients; what cannot run is refused.
+
+Splash runs on TPU alone: here its kernel is interpreted, at lengths that are no multiples of its blocks. The tolerances
+are a few roundings of float32 in sums of some hundred terms of size 1.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from salt_jax import recipe
+from salt_jax.errors import InputError
+from salt_jax.models import attention, splash, wan
+from salt_jax.models.attention import Kernel
+from tests import tiny, tiny_config
+
+SPLASH = Kernel('splash', (256, 256, 128), interpret=True)
+
+
+def _qkv(queries, keys, seed=0):
+  rng = np.random.default_rng(seed)
+  return tuple(
+    jnp.asarray(rng.standard_normal((2, length, 2, 128)), jnp.float32)
+    for length in (queries, keys, keys)
+  )
+
+
+def _value_and_grads(fn, args, kernel):
+  weights = jnp.cos(jnp.arange(128.0))
+
+  def loss(*args):
+    out = fn(*args, kernel=kernel)
+    return jnp.sum(out * weights), out
+
+  (_, out), grads = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*args)
+  return out, *grads
+
+
+def _agree(fn, args, kernel=SPLASH):
+  for got, want in zip(
+    _value_and_grads(fn, args, kernel),
+    _value_and_grads(fn, args, attention.DENSE),
+    strict=True,
+  ):
+    scale = float(jnp.abs(want).max())
+    np.testing.assert_allclose(got, want, atol=5e-6 * scale, rtol=0)
+
+
+@pytest.mark.parametrize('ring', [False, True])
+def test_splash_is_dense_attention_at_lengths_that_need_padding(ring):
+  args = _qkv(150, 420)
+  valid = jnp.asarray(np.random.default_rng(1).random(420) < 0.6) if ring else None
+  _agree(lambda q, k, v, kernel: attention.attend(q, k, v, valid, kernel), args)
+
+
+def test_splash_is_dense_attention_chunk_by_chunk():
+  """150 tokens a chunk, no multiple of 128: a clip of three, and a chunk behind cached keys that are partly hidden."""
+  args = _qkv(450, 450)
+  _agree(lambda q, k, v, kernel: attention.chunk_causal((q, k, v), 150, None, kernel), args)
+  old, seen = _qkv(1, 100, seed=5)[1:], jnp.arange(100) % 3 > 0
+
+  def behind(q, k, v, kernel):
+    return attention.chunk_causal((q, k, v), 150, lambda i: (*old, seen), kernel)
+
+  _agree(behind, _qkv(150, 150))
+
+
+def test_rows_are_plain_attention_over_flat_tokens():
+  q, k, v = _qkv(12, 7)
+  five = q.reshape(2, 3, 4, 2, 128)
+  got = attention.attend_rows(five, k, v)
+  np.testing.assert_array_equal(got.reshape(q.shape), attention.dense(q, k, v))
+
+
+@pytest.mark.parametrize('length, largest', [(4680, 2048), (32760, 2048), (1560, 1024), (130, 512)])
+def test_blocks_pad_little_and_fit(length, largest):
+  """Oracle: all multiples of 128 up to the largest, whose count is at most twice the fewest."""
+  size = splash.block(length, largest)
+  fewest = -(-length // largest)
+  padded = {
+    -(-length // s) * s for s in range(128, largest + 1, 128) if -(-length // s) <= 2 * fewest
+  }
+  assert size % 128 == 0 and size <= largest
+  assert -(-length // size) * size == min(padded)
+
+
+def test_keys_come_in_whole_steps_of_the_kernel():
+  for keys in (100, 512, 4680, 9360, 32760):
+    _, block, at_once = splash.chosen(4680, keys, (2048, 2048, 1024))
+    assert block % at_once == 0 and at_once % 128 == 0 and block <= 2048
+
+
+def test_cudnn_reads_what_may_be_seen_first():
+  """Lengths stand for the mask: dense attention over the first `sum(valid)` keys is dense attention behind the mask."""
+  q, k, v = _qkv(5, 9)
+  valid = jnp.array([1, 0, 1, 1, 0, 0, 1, 1, 0], bool)
+  k2, v2 = (attention.first_valid(x, valid)[:, :5] for x in (k, v))
+  want = attention.dense(q, k, v, valid)
+  np.testing.assert_allclose(attention.dense(q, k2, v2), want, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  'platform, kind, name',
+  [('tpu', 'TPU v5', 'splash'), ('gpu', 'NVIDIA H100', 'cudnn'), ('cpu', 'cpu', 'dense')],
+)
+def test_auto_is_the_platforms_own(platform, kind, name):
+  chosen, blocks = attention.choose('auto', platform, kind)
+  assert chosen == name and bool(blocks) == (name == 'splash')
+
+
+@pytest.mark.parametrize(
+  'args, words',
+  [
+    (('splash', 'cpu', 'cpu'), 'attention "splash" needs a tpu, and this is a cpu: set it to auto'),
+    (('cudnn', 'tpu', 'TPU v5'), 'attention "cudnn" needs a gpu, and this is a tpu'),
+    (
+      ('flash', 'gpu', 'x'),
+      'attention "flash" is unknown; choose one of auto, dense, cudnn, splash.',
+    ),
+    (('splash', 'tpu', 'TPU v9'), 'has no blocks for a "TPU v9": name them as attention_blocks'),
+    (
+      ('splash', 'tpu', 'TPU v9', (100, 256, 128)),
+      'must be (queries, keys, keys at once), multiples of 128',
+    ),
+    (
+      ('splash', 'tpu', 'TPU v9', (128, 256, 384)),
+      'must be (queries, keys, keys at once), multiples of 128',
+    ),
+  ],
+)
+def test_what_cannot_run_is_refused(args, words):
+  with pytest.raises(InputError) as error:
+    attention.choose(*args)
+  assert words in str(error.value) and '\n' not in str(error.value)
+
+
+def test_a_config_asks_for_what_its_machine_has():
+  config = tiny_config.get_config('nowhere')
+  config.model.attention, config.teacher.attention = 'auto', 'auto'
+  assert recipe.build(config).model.kernel == attention.DENSE
+  on_tpu = recipe.build(config, ('tpu', 'TPU v6 lite'))
+  assert on_tpu.teacher.kernel == Kernel('splash', splash.BLOCKS['TPU v6 lite'])
+  config.teacher.attention = 'splash'
+  with pytest.raises(InputError, match='"splash" needs a tpu'):
+    recipe.build(config)
+
+
+def test_cudnn_refuses_32_bits():
+  with pytest.raises(InputError, match='needs bfloat16 or float16, not float32'):
+    attention.attend(*_qkv(4, 4), kernel=Kernel('cudnn'))
+
+
+def test_a_block_may_keep_its_attention():
+  """What remat keeps changes nothing but what is computed twice: the kernel runs once less."""
+
+  def lowered(**changes):
+    cfg = dataclasses.replace(tiny.WAN, dim=256, remat=True, **changes)
+    params = jax.tree.map(lambda s: jnp.zeros(s.shape), wan.param_shapes(cfg))
+
+    def loss(params, x):
+      return jnp.sum(wan.apply(params, x, tiny.levels(1), tiny.prompt(), wan.Clip(), cfg)[0])
+
+    return str(jax.make_jaxpr(jax.grad(loss))(params, tiny.latents(0))).count('pallas_call')
+
+  blocks = dict(attention='splash', attention_blocks=(128, 128, 128))
+  assert lowered(**blocks) > lowered(**blocks, remat_saves=('attention',)) > 0
