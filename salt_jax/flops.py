@@ -26,12 +26,16 @@ from salt_jax.models.text import TextConfig
 from salt_jax.models.wan import PATCH, WanConfig
 from salt_jax.recipe import Recipe, latent_shape
 
-# Dense bfloat16 peak of one JAX device, by its `device_kind`; a chip of TPU7x is two devices.
+# Dense bfloat16 peak of one JAX device, by its `device_kind`, of which JAX knows two spellings for some; a chip of
+# TPU7x is two devices.
 PEAK_FLOPS = {
   'TPU v4': 275e12,
   'TPU v5 lite': 197e12,
+  'TPU v5e': 197e12,
   'TPU v5': 459e12,
+  'TPU v5p': 459e12,
   'TPU v6 lite': 918e12,
+  'TPU v6e': 918e12,
   'TPU7x': 2307e12 / 2,
   'NVIDIA H100 80GB HBM3': 989e12,
   'NVIDIA H200': 989e12,
@@ -167,11 +171,18 @@ def _served(name: str, *passes: Passes) -> Part:
 
 
 def _trained(name: str, cfg: WanConfig, *passes: Passes, frozen: bool = False) -> Part:
-  """Passes with a gradient. Frozen parameters hand it on only, though both sides of q k^T and of p v still get one."""
+  """Passes with a gradient: twice the forward on top, and with remat all blocks anew.
+
+  Parameters that are frozen only hand the gradient on, though both sides of q k^T and of p v still get one; and
+  nobody asks for the end of the feed-forward anew, whose gate has no gradient then.
+  """
   total = _served(name, *passes).flops
+  attention, ffn = (sum(one[part] for one in passes) for part in ('self_attention', 'ffn'))
   blocks = sum(one[part] for one in passes for part in _BLOCK)
-  backward = total + sum(one['self_attention'] for one in passes) if frozen else 2 * total
-  return Part(name, total + backward, blocks if cfg.remat else 0.0, backward)
+  if frozen:
+    again = (blocks - ffn / 2) if cfg.remat else 0.0
+    return Part(name, 2 * total + attention, again, total + attention)
+  return Part(name, 3 * total, blocks if cfg.remat else 0.0, 2 * total)
 
 
 def _without_head(passes: Passes) -> Passes:
@@ -233,7 +244,7 @@ def _clip(cfg: WanConfig, rec: Recipe) -> Passes:
 
 
 def _texts(rec: Recipe, prompts: int) -> Part:
-  return Part('text encoder', prompts * encoder(rec.text, rec.text_length))
+  return Part('text', prompts * encoder(rec.text, rec.text_length))
 
 
 def _rolled(rec: Recipe) -> Part:
@@ -348,7 +359,7 @@ def flow_step(rec: Recipe, frames: int, tokens: int) -> list[Part]:
   """Flow matching of DiT and text encoder."""
   text = encoder(rec.text, rec.text_length)
   return [
-    Part('text encoder', 3 * text, backward=2 * text),
+    Part('text', 3 * text, backward=2 * text),
     _trained('student', rec.model, forward(rec.model, frames, tokens)),
   ]
 
@@ -373,7 +384,7 @@ def of_steps(config: ConfigDict, rec: Recipe, n: int | None = None) -> dict[str,
   steps = {'generator': generator_step(rec, n), 'critic': critic_step(rec)}
   if config.data.kind != 'text_store':
     return steps
-  return {k: [part for part in parts if part.name != 'text encoder'] for k, parts in steps.items()}
+  return {k: [part for part in parts if part.name != 'text'] for k, parts in steps.items()}
 
 
 def table(parts: list[Part]) -> str:

@@ -23,6 +23,7 @@ from salt_jax import (
   convert_cli,
   evaluate,
   main,
+  plan,
   recipe,
   sample,
   stages,
@@ -272,6 +273,7 @@ def programs():
     'evaluate': evaluate,
     'vbench': vbench,
     'convert': convert_cli,
+    'plan': plan,
   }
   for name in set(flags.FLAGS) - known:
     delattr(flags.FLAGS, name)
