@@ -1,7 +1,6 @@
 """What a compiled program needs on one device: memory, FLOPs, traffic, and from stated peaks a time."""
 
 import dataclasses
-import math
 import re
 import resource
 import time
@@ -48,6 +47,7 @@ class Report:
     arguments, temporaries, code: parts of `needed`; None where the compiler gave up.
     clips: of a shard of the batch.
     every: iterations from one run to the next; 0 is no part of training.
+    steps: of an iteration of training, this one included.
     forward, backward, again: FLOPs by formula, and those spent on recomputation.
     collectives: count, bytes and sent bytes of each kind.
     crossing: bytes sent to other slices.
@@ -65,6 +65,7 @@ class Report:
   code: float | None
   clips: float
   every: int
+  steps: int
   forward: float
   backward: float
   again: float
@@ -118,8 +119,9 @@ def _blank(program: lowered.Program, mesh: Mesh, slice_: Slice, held: float) -> 
     arguments=None,
     temporaries=None,
     code=None,
-    clips=program.clips / lowered.shards(mesh),
+    clips=program.clips / program.shards,
     every=program.every,
+    steps=program.steps,
     forward=needed - backward,
     backward=backward,
     again=again,
@@ -190,7 +192,7 @@ def _advice(
   config: ConfigDict, program: lowered.Program, mesh: Mesh, held: float, needed: float
 ) -> str:
   """What to change, for the largest part of what is needed."""
-  clips = program.clips / lowered.shards(mesh)
+  clips = program.clips / program.shards
   if program.name == 'decode':
     return 'a device decodes one clip: lower --config.video.height and --config.video.width.'
   if 'model' in config and not config.model.remat and program.name != 'sample':
@@ -203,18 +205,7 @@ def _advice(
   if clips > 1:
     return (
       f'a shard works on {clips:g} clips at once: take a larger slice, or set '
-      f'--config.batch={lowered.shards(mesh)}.'
+      f'--config.batch={program.shards}.'
     )
   context = 2 * mesh.shape['context']
   return f'a clip is too long for its devices: take a larger slice and set --config.mesh.context={context}.'
-
-
-def iteration(reports: list[Report]) -> tuple[float, float] | None:
-  """(least, likely) seconds of one iteration of training in the mean; None if a step does not fit."""
-  steps = [r for r in reports if r.every]
-  if not steps or any(r.seconds is None for r in steps):
-    return None
-  return (
-    math.fsum(r.seconds.least / r.every for r in steps),
-    math.fsum(r.seconds.likely / r.every for r in steps),
-  )

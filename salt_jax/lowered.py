@@ -27,18 +27,22 @@ class Program(NamedTuple):
     name: of the step, or sample or decode.
     lower: traces it.
     clips: that it works on.
+    shards: parts that they are split into.
     parts: FLOPs of a clip by formula; none for the VAE, whose convolutions the compiler counts.
     passes: of the loops whose length is drawn, in the mean.
     every: iterations from one run to the next; 0 is no part of training.
+    steps: of an iteration of training; 0 if this is none of them.
     inputs: shapes of its arguments, with shardings.
   """
 
   name: str
   lower: Callable[[], jax.stages.Lowered]
   clips: int
+  shards: int
   parts: list[flops.Part]
   passes: float
   every: int
+  steps: int
   inputs: PyTree
 
 
@@ -82,9 +86,11 @@ def _steps(config: ConfigDict, rec: Recipe, mesh: Mesh) -> dict[str, Program]:
       work.name,
       functools.partial(lower, work),
       config.batch,
+      shards(mesh),
       counts.get(work.name, []),
       passes,
       work.every,
+      len(what.work),
       inputs,
     )
     for work in what.work
@@ -118,8 +124,10 @@ def _sample(config: ConfigDict, rec: Recipe, mesh: Mesh) -> Program:
     'sample',
     lower,
     clips,
+    clips,
     flops.sampling(rec, STEPS),
     STEPS + rec.chunking.causal,
+    0,
     0,
     inputs,
   )
@@ -140,8 +148,10 @@ def _decode(config: ConfigDict, rec: Recipe, mesh: Mesh) -> Program:
     'decode',
     lambda: codec.decode_part.lower(*inputs, cfg=rec.vae, first=False),
     mesh.size,
+    mesh.size,
     [],
     1.0,
+    0,
     0,
     inputs,
   )

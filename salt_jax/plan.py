@@ -12,6 +12,7 @@ folder as Markdown.
 
 import dataclasses
 import glob
+import importlib.metadata
 import json
 import logging
 import math
@@ -40,7 +41,9 @@ def define_flags() -> None:
   flags.DEFINE_list(
     'programs', [], f'Which to compile, of {",".join(lowered.NAMES)}; all by default.'
   )
-  flags.DEFINE_string('json', None, 'File to write the figures to.')
+  flags.DEFINE_string(
+    'json', None, 'File for the figures; of the same slice it keeps the programs that it has.'
+  )
   flags.DEFINE_string('table', None, 'Folder of such files to make a Markdown table of.')
 
 
@@ -132,8 +135,11 @@ def written(config: ConfigDict, slice_: Slice, made: list[Report]) -> str:
   ]
   for one in made:
     lines += ['', *_lines(one, slice_)]
-  if total := estimate.iteration(made):
-    lines += ['', f'an iteration of training: at least {total[0]:.1f} s, likely {total[1]:.1f} s']
+  if total := _verdict([dataclasses.asdict(one) for one in made])['iteration_seconds']:
+    lines += [
+      '',
+      f'an iteration of training: at least {total["least"]:.1f} s, likely {total["likely"]:.1f} s',
+    ]
   return '\n'.join([*lines, '', _assumptions(slice_)])
 
 
@@ -178,7 +184,7 @@ def _assumptions(slice_: Slice) -> str:
 
 def record(config: ConfigDict, slice_: Slice, made: list[Report], failed: list[dict]) -> dict:
   """The figures as JSON holds them."""
-  total = estimate.iteration(made)
+  rows = [dataclasses.asdict(one) for one in made]
   return {
     'config': config.name,
     'slice': slice_.name,
@@ -186,11 +192,31 @@ def record(config: ConfigDict, slice_: Slice, made: list[Report], failed: list[d
     'devices': slice_.devices,
     'mesh': dict(config.mesh),
     'batch': config.batch,
-    'fits': all(one.fits for one in made),
-    'iteration_seconds': total and {'least': total[0], 'likely': total[1]},
-    'programs': [dataclasses.asdict(one) for one in made],
+    'versions': {name: importlib.metadata.version(name) for name in ('jax', 'libtpu')},
+    'programs': rows,
     'smaller': failed,
-  }
+  } | _verdict(rows)
+
+
+def _verdict(rows: list[dict]) -> dict:
+  """Whether all fits, and seconds of an iteration if all steps of training are there."""
+  steps = [one for one in rows if one['every']]
+  total = None
+  if steps and all(one['seconds'] for one in steps) and len(steps) == steps[0]['steps']:
+    total = {k: sum(one['seconds'][k] / one['every'] for one in steps) for k in ('least', 'likely')}
+  return {'fits': all(one['fits'] for one in rows), 'iteration_seconds': total}
+
+
+def merged(path: str, new: dict) -> dict:
+  """A record with the programs that a file holds already of the same config, slice and mesh."""
+  if not os.path.isfile(path):
+    return new
+  old = _read(path)
+  if any(old.get(key) != new[key] for key in ('command', 'slice', 'mesh', 'batch', 'versions')):
+    return new
+  programs = {one['step']: one for one in (*old['programs'], *new['programs'])}
+  made = [programs[name] for name in lowered.NAMES if name in programs]
+  return new | _verdict(made) | {'programs': made, 'smaller': new['smaller'] or old['smaller']}
 
 
 def table(folder: str) -> str:
@@ -204,12 +230,13 @@ def table(folder: str) -> str:
     raise InputError(f'--table={folder}: no files that --json wrote lie there.')
   head = (
     'config',
-    'smallest slice',
+    'slice',
     'chips',
     'mesh',
-    'GiB a device',
-    'TFLOP a device',
+    'GiB',
+    *lowered.NAMES,
     'iteration',
+    'next smaller',
     'compile',
   )
   rows = [head, ('---',) * len(head), *(_row(path) for path in paths)]
@@ -217,26 +244,54 @@ def table(folder: str) -> str:
 
 
 def _row(path: str) -> tuple[str, ...]:
+  found = _read(path)
   try:
-    with open(path, encoding='utf-8') as file:
-      found = json.load(file)
-    made, total = found['programs'], found['iteration_seconds']
-    peak = max(one['needed'] for one in made) / GIB
-    work = sum((one['forward'] + one['backward']) / one['every'] for one in made if one['every'])
-    slow = max(one['compiling'][0] for one in made)
-    axes = ', '.join(f'{axis} {size}' for axis, size in found['mesh'].items() if size != 1)
+    made, total = {one['step']: one for one in found['programs']}, found['iteration_seconds']
+    usable = next(iter(made.values()))['usable'] / GIB
+    axes = ', '.join(
+      f'{axis} {found["mesh"][axis]}' for axis in sharding.AXES if found['mesh'][axis] != 1
+    )
     return (
-      found['command'],
+      found['command'].removeprefix('configs/'),
       found['slice'],
       str(found['chips']),
       axes,
-      f'{peak:.1f} of {made[0]["usable"] / GIB:.2f}',
-      f'{work / 1e12:.0f}',
-      f'{total["least"]:.1f} to {total["likely"]:.1f} s' if total else 'does not fit',
-      f'{slow:.0f} s',
+      f'{usable:.2f}',
+      *(_cell(made.get(name)) for name in lowered.NAMES),
+      f'{total["least"]:.1f} to {total["likely"]:.1f} s' if total else '–',
+      _smaller(found['smaller']),
+      f'{max(one["compiling"][1] for one in made.values()):.0f} s of CPU',
     )
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise InputError(f'--table: {path} is no file of --json ({error}): write it again.') from error
+  except (KeyError, TypeError, StopIteration) as error:
+    raise InputError(
+      f'--table: {path} is no file of --json ({error!r}): write it again.'
+    ) from error
+
+
+def _cell(one: dict | None) -> str:
+  if one is None:
+    return 'not run'
+  return (
+    f'{one["needed"] / GIB:.1f}' if one['fits'] else f'**{one["needed"] / GIB:.1f}: does not fit**'
+  )
+
+
+def _smaller(failed: list[dict]) -> str:
+  """What kept the next smaller slice from fitting."""
+  if not failed:
+    return 'not tried'
+  last = failed[-1]
+  return (
+    f'{last["slice"]}: {last["step"]} {last["needed"] / GIB:.1f}' if last['step'] else last['slice']
+  )
+
+
+def _read(path: str) -> dict:
+  try:
+    with open(path, encoding='utf-8') as file:
+      return json.load(file)
+  except (OSError, ValueError) as error:
+    raise InputError(f'{path} is no file of --json ({error}): write it again.') from error
 
 
 def _experiment() -> str:
@@ -263,8 +318,9 @@ def program() -> None:
     config, slice_, made, failed = smallest(config, args.smallest, names)
   print(written(config, slice_, made))
   if args.json:
+    found = merged(args.json, {'command': _experiment()} | record(config, slice_, made, failed))
     with open(args.json, 'w', encoding='utf-8') as file:
-      json.dump({'command': _experiment()} | record(config, slice_, made, failed), file, indent=1)
+      json.dump(found, file, indent=1)
   if not made[-1].fits:
     sys.exit(1)
 

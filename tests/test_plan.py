@@ -324,7 +324,7 @@ def _program(size, held=1024):
     y = jnp.outer(jnp.arange(side) * x[0], jnp.arange(side) * x[1])
     return jnp.sort(y @ y, axis=0)[0].sum() + x.sum()
 
-  return lowered.Program('sample', lambda: jax.jit(f).lower(x), 4, [], 1.0, 0, x)
+  return lowered.Program('sample', lambda: jax.jit(f).lower(x), 4, 4, [], 1.0, 0, 0, x)
 
 
 def _reported(program):
