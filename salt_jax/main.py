@@ -1,6 +1,7 @@
 """Entry point of training: flags, start-up, one call.
 
 python -m salt_jax.main --config=configs/selfforcing.py:nano [--workdir=DIR] [--config.key=value …]
+  [--profile=10:13] [--compile_cache=DIR]
 """
 
 import logging
@@ -9,13 +10,19 @@ import os
 import jax
 from absl import flags
 
-from salt_jax import cli, train
+from salt_jax import cli, compiled, train
 from salt_jax.errors import InputError
 
 
 def define_flags() -> None:
   cli.define_config('Experiment, such as configs/selfforcing.py:nano.')
   flags.DEFINE_string('workdir', None, 'Where the run lives; runs/NAME by default.')
+  flags.DEFINE_string('profile', None, 'First and last step of a profile, such as 10:13.')
+  flags.DEFINE_string(
+    'compile_cache',
+    None,
+    'Folder or bucket (gs://…) that keeps compiled programs; WORKDIR/compile_cache by default, "off" is none.',
+  )
   flags.DEFINE_bool('multihost', False, 'Join the other hosts of a slice before anything else.')
 
 
@@ -27,7 +34,9 @@ def program() -> None:
     jax.distributed.initialize()
     if jax.process_index():
       logging.getLogger('salt_jax').setLevel(logging.WARNING)
-  train.run(args.config, args.workdir or os.path.join('runs', args.config.name))
+  workdir = args.workdir or os.path.join('runs', args.config.name)
+  compiled.keep(args.compile_cache, workdir)
+  train.run(args.config, workdir, args.profile)
 
 
 if __name__ == '__main__':

@@ -3,8 +3,7 @@
 import json
 import math
 import pathlib
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,60 +15,50 @@ from salt_jax.errors import NonFiniteError
 class Writer:
   """Appends scalars to `metrics.jsonl` and to TensorBoard files; only process 0 writes.
 
+  How long steps took goes into `timing.jsonl`, so that the other file is the same for the same run.
+
   Attributes:
     path: the lines, one JSON object per step: {"step": 12, "loss": 0.5, ...}.
+    timing_path: likewise, for some steps.
   """
 
   def __init__(self, workdir: str, resume_step: int = 0):
     """Opens the files and drops what a killed run wrote after the step it goes on from."""
     self.path = pathlib.Path(workdir) / 'metrics.jsonl'
+    self.timing_path = self.path.with_name('timing.jsonl')
     self._writes = jax.process_index() == 0
     if not self._writes:
       return
     self.path.parent.mkdir(parents=True, exist_ok=True)
-    _drop_after(self.path, resume_step)
-    self._lines = self.path.open('a', buffering=1, encoding='utf-8')
+    self._lines, self._timing = (
+      _continued(path, resume_step) for path in (self.path, self.timing_path)
+    )
     self._board = tensorboardX.SummaryWriter(
       str(self.path.parent / 'tensorboard'), purge_step=resume_step + 1
     )
 
   def write(self, step: int, scalars: Mapping[str, float]) -> None:
     """Writes one line and one point per curve; what is not finite becomes null in the line."""
-    if not self._writes:
-      return
+    if self._writes:
+      self._write(self._lines, step, scalars)
+
+  def write_timing(self, step: int, measured: Mapping[str, float]) -> None:
+    """The same for what `Progress.measure` found; its curves stand under 'run/'."""
+    if self._writes and measured:
+      self._write(self._timing, step, measured, 'run/')
+
+  def _write(self, file, step, scalars, prefix=''):
     values = {name: float(value) for name, value in scalars.items()}
     line = {name: value if math.isfinite(value) else None for name, value in values.items()}
-    self._lines.write(json.dumps({'step': int(step)} | line) + '\n')
+    file.write(json.dumps({'step': int(step)} | line) + '\n')
     for name, value in values.items():
-      self._board.add_scalar(name, value, int(step))
+      self._board.add_scalar(prefix + name, value, int(step))
 
   def close(self) -> None:
-    """Flushes and closes both files."""
+    """Flushes and closes all files."""
     if self._writes:
-      self._lines.close()
-      self._board.close()
-
-
-class Progress:
-  """The line a person watches: 'step 120/400  3.1 step/s  left 1m30s  loss 0.123'."""
-
-  def __init__(self, total: int, start: int = 0, clock: Callable[[], float] = time.monotonic):
-    """Counts from `start` to `total` steps; `clock` returns seconds."""
-    self._total = total
-    self._clock = clock
-    self._mark = None
-
-  def line(self, step: int, scalars: Mapping[str, float]) -> str:
-    """Describes `step`; the rate is measured from the first call on, so compilation is left out."""
-    now = self._clock()
-    parts = [f'step {step}/{self._total}']
-    if self._mark is None:
-      self._mark = (step, now)
-    elif step > self._mark[0] and now > self._mark[1]:
-      rate = (step - self._mark[0]) / (now - self._mark[1])
-      parts += [f'{rate:.3g} step/s', f'left {seconds((self._total - step) / rate)}']
-    parts += [f'{name} {float(value):.4g}' for name, value in scalars.items()]
-    return '  '.join(parts)
+      for file in (self._lines, self._timing, self._board):
+        file.close()
 
 
 def without_inactive(scalars: Mapping[str, float]) -> dict[str, float]:
@@ -122,6 +111,20 @@ def seconds(duration: float) -> str:
   if whole < 86400:
     return f'{whole // 3600}h{whole % 3600 // 60:02d}m'
   return f'{whole // 86400}d{whole % 86400 // 3600:02d}h'
+
+
+def quantity(value: float) -> str:
+  """Three digits and a prefix for the unit behind them: '5.51 P', '31 G', '950 '."""
+  exponent = 0
+  while value >= 999.5 and exponent < 6:
+    value, exponent = value / 1000, exponent + 1
+  return f'{value:.3g} {" kMGTPE"[exponent].strip()}'
+
+
+def _continued(path: pathlib.Path, step: int):
+  """The file, opened to append behind the lines up to `step`."""
+  _drop_after(path, step)
+  return path.open('a', buffering=1, encoding='utf-8')
 
 
 def _drop_after(path: pathlib.Path, step: int) -> None:

@@ -45,6 +45,7 @@ def split_keys(keys):
   return jax.vmap(jax.random.split, out_axes=1)(keys)
 
 
+@jax.named_scope('text')
 def encode(frozen, ids, mask, recipe: Recipe):
   """Encoder rows `[b n d]` of tokenised prompts, without gradient."""
   return jax.lax.stop_gradient(text_model.encode(frozen['text'], ids, mask, recipe.text))
@@ -90,11 +91,12 @@ def conditioning(frozen, batch, recipe: Recipe) -> tuple[Prompt, Prompt]:
   return prompt, prompt.replace(text=rows(frozen, others, recipe))
 
 
-def bound(cfg: wan.WanConfig, params, ctx: wan.Clip):
-  """`(x, t, text) -> velocity` with the parameters inside."""
-  return lambda x, t, text: wan.apply(params, x, t, text, ctx, cfg)[0]
+def bound(cfg: wan.WanConfig, params, ctx: wan.Clip, name: str):
+  """`(x, t, text) -> velocity` with the parameters inside; a profile shows it as `name`."""
+  return jax.named_scope(name)(lambda x, t, text: wan.apply(params, x, t, text, ctx, cfg)[0])
 
 
+@jax.named_scope('optimizer')
 def update(
   state: TrainState, grads: dict, recipe: Recipe, averaged: bool
 ) -> tuple[TrainState, dict]:
@@ -127,13 +129,15 @@ def generator_step(
   texts = text, _ = conditioning(frozen, batch, recipe)
   drawn = draw(recipe, shared, n)
   apply = wan.bind(recipe.model)
-  rolled = rollout(apply, state.params['generator'], rollout_keys, text, drawn.plan)
+  with jax.named_scope('rollout'):
+    rolled = rollout(apply, state.params['generator'], rollout_keys, text, drawn.plan)
   ask = functools.partial(
     velocity, apply, text=text, cache=rolled.cache, chunk=recipe.chunking.chunk
   )
 
   def loss_fn(params):
-    v = ask(params, rolled.trace)
+    with jax.named_scope('student'):
+      v = ask(params, rolled.trace)
     x0 = flow.x0_from_velocity(rolled.trace.x, v, rolled.trace.sigma)
     terms = {
       'dmd': lambda: _dmd(state, frozen, x0, texts, loss_keys, recipe),
@@ -159,8 +163,8 @@ def generator_step(
 
 def _dmd(state: TrainState, frozen, x0, texts, keys, recipe: Recipe):
   fns = Fns(
-    teacher=bound(recipe.teacher, frozen['teacher'], wan.Clip()),
-    critic=bound(recipe.model, state.params['critic'], wan.Clip()),
+    teacher=bound(recipe.teacher, frozen['teacher'], wan.Clip(), 'teacher'),
+    critic=bound(recipe.model, state.params['critic'], wan.Clip(), 'critic'),
   )
   per_example, aux = dmd_loss(fns, x0, texts, keys, recipe.dmd)
   return per_example, True, aux
@@ -170,6 +174,7 @@ def _consistency(state: TrainState, ask, params, exit_pass, drawn: Draw, recipe:
   cfg = recipe.consistency
   target = state.ema['generator'] if cfg.target == 'ema' else params
 
+  @jax.named_scope('consistency')
   def again(x, sigma):
     return ask(target, Trace(x, sigma))
 
@@ -189,15 +194,19 @@ def _alignment(state: TrainState, frozen, x0, student, drawn: Draw, recipe: Reci
   def features(x, t):
     return wan.features(weights, x, t, text, cfg.layer, sizes)
 
-  def loss(x0):
+  @jax.named_scope('reference')
+  def reference():
     dense = rollout(apply, state.params['generator'], keys, text, drawn.reference)
-    aim = dense.x0
-    if recipe.reference.share_exit_input:
-      chunk = recipe.chunking.chunk
-      v = velocity(apply, state.params['generator'], rolled.trace, text, dense.cache, chunk)
-      aim = flow.x0_from_velocity(rolled.trace.x, v, rolled.trace.sigma)
-    feature_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, _FEATURES)
-    return alignment_loss(features, x0, aim, feature_keys, cfg)
+    if not recipe.reference.share_exit_input:
+      return dense.x0
+    chunk = recipe.chunking.chunk
+    v = velocity(apply, state.params['generator'], rolled.trace, text, dense.cache, chunk)
+    return flow.x0_from_velocity(rolled.trace.x, v, rolled.trace.sigma)
+
+  def loss(x0):
+    aim, feature_keys = reference(), jax.vmap(jax.random.fold_in, (0, None))(keys, _FEATURES)
+    with jax.named_scope('alignment'):
+      return alignment_loss(features, x0, aim, feature_keys, cfg)
 
   return when(drawn.has_reference, loss, x0), drawn.has_reference, {}
 
@@ -208,10 +217,11 @@ def critic_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple
   rollout_keys, loss_keys = split_keys(keys)
   text, _ = conditioning(frozen, batch, recipe)
   plan = draw(recipe, shared, n, terms=False).plan
-  rolled = rollout(wan.bind(recipe.model), state.params['generator'], rollout_keys, text, plan)
+  with jax.named_scope('rollout'):
+    rolled = rollout(wan.bind(recipe.model), state.params['generator'], rollout_keys, text, plan)
 
   def loss_fn(params):
-    critic = bound(recipe.model, params, wan.Clip())
+    critic = bound(recipe.model, params, wan.Clip(), 'critic')
     per_example, aux = critic_loss(critic, rolled.x0, text, loss_keys, recipe.dmd)
     return per_example.mean(), aux | {'loss': per_example}
 
@@ -230,7 +240,7 @@ def ode_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple[Tr
   chunk = recipe.chunking.chunk
 
   def loss_fn(params):
-    model = bound(recipe.model, params, wan.Clip(chunk=chunk))
+    model = bound(recipe.model, params, wan.Clip(chunk=chunk), 'student')
     trajectory = batch['trajectory'].astype(jnp.float32)
     per_example, aux = ode_loss(model, trajectory, text, keys, sigmas, chunk=chunk)
     return per_example.mean(), aux | {'loss': per_example}
@@ -249,9 +259,10 @@ def flow_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple[T
   mask = jnp.where(drop, frozen['negative']['mask'], batch['mask'])
 
   def loss_fn(params):
-    rows = text_model.encode(params['text'], ids, mask, recipe.text)
+    with jax.named_scope('text'):
+      rows = text_model.encode(params['text'], ids, mask, recipe.text)
     text = Prompt(rows, given_image(batch, recipe), given_frames(batch, recipe))
-    model = bound(recipe.model, params['dit'], wan.Clip())
+    model = bound(recipe.model, params['dit'], wan.Clip(), 'student')
     x0 = batch['latents'].astype(jnp.float32)
     per_example, aux = flow_matching_loss(model, x0, text, loss_keys, recipe.flow_shift)
     return per_example.mean(), aux | {'loss': per_example}

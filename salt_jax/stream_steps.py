@@ -82,6 +82,7 @@ def _scene(state: TrainState, frozen, batch, at: streaming.Place, recipe: Recipe
   return Scene(at, carried, past, mask, texts)
 
 
+@jax.named_scope('recache')
 def _recached(state: TrainState, latents, cache, text, at: streaming.Place, recipe: Recipe):
   chunking, cfg = recipe.chunking, recipe.streaming
   last = at.clip * cfg.new + chunking.frames - cfg.new
@@ -98,6 +99,7 @@ def _recached(state: TrainState, latents, cache, text, at: streaming.Place, reci
   )
 
 
+@jax.named_scope('boundary')
 def _boundary(frozen, latents, at: streaming.Place, recipe: Recipe):
   """First frame of the clip as the losses see it; at the start of a stream, which has none, the VAE is not asked."""
   before = latents[:, : recipe.streaming.new + 1]
@@ -111,6 +113,7 @@ def _boundary(frozen, latents, at: streaming.Place, recipe: Recipe):
   )
 
 
+@jax.named_scope('rollout')
 def _rolled(state: TrainState, scene: Scene, keys, plan, recipe: Recipe) -> Rollout:
   apply = wan.bind(recipe.model)
   return rollout(apply, state.params['generator'], keys, scene.texts[0], plan, scene.past)
@@ -139,13 +142,14 @@ def generator_step(
   drawn = draw(recipe, shared, n, terms=False)
   rolled = _rolled(state, scene, rollout_keys, drawn.plan, recipe)
   fns = Fns(
-    teacher=bound(recipe.teacher, frozen['teacher'], wan.Clip()),
-    critic=bound(recipe.model, state.params['critic'], wan.Clip()),
+    teacher=bound(recipe.teacher, frozen['teacher'], wan.Clip(), 'teacher'),
+    critic=bound(recipe.model, state.params['critic'], wan.Clip(), 'critic'),
   )
   apply, chunk = wan.bind(recipe.model), recipe.chunking.chunk
 
   def loss_fn(params):
-    v = velocity(apply, params, rolled.trace, scene.texts[0], rolled.cache, chunk)
+    with jax.named_scope('student'):
+      v = velocity(apply, params, rolled.trace, scene.texts[0], rolled.cache, chunk)
     x0 = flow.x0_from_velocity(rolled.trace.x, v, rolled.trace.sigma)
     x0 = jnp.where(scene.mask[None, :, None, None, None], x0, rolled.x0)
     per_example, aux = dmd_loss(fns, x0, scene.texts, loss_keys, recipe.dmd, scene.mask)
@@ -170,7 +174,7 @@ def critic_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple
   rolled = _rolled(state, scene, rollout_keys, plan, recipe)
 
   def loss_fn(params):
-    critic = bound(recipe.model, params, wan.Clip())
+    critic = bound(recipe.model, params, wan.Clip(), 'critic')
     per_example, aux = critic_loss(
       critic, rolled.x0, scene.texts[0], loss_keys, recipe.dmd, scene.mask
     )

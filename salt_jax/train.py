@@ -9,14 +9,16 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from salt_jax import evaluate, monitor, programs, sharding, stages, weights
+from salt_jax import evaluate, flops, monitor, profiling, programs, sharding, stages, weights
 from salt_jax import recipe as recipes
 from salt_jax import state as states
 from salt_jax.checkpoint import Checkpoints, check_config, config_digest, write_config
 from salt_jax.checks import check_mesh
 from salt_jax.data import Feed
 from salt_jax.errors import InputError
-from salt_jax.metrics import Progress, Writer, assert_finite, param_count, without_inactive
+from salt_jax.metrics import Writer, assert_finite, param_count, without_inactive
+from salt_jax.profiling import Profiler
+from salt_jax.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +35,13 @@ FREE = (
 )
 
 
-def run(config: ConfigDict, workdir: str) -> dict[str, int]:
+def run(config: ConfigDict, workdir: str, profile: str | None = None) -> dict[str, int]:
   """Trains a stage to its last step, or goes on where a killed run of it stopped.
 
   Args:
     config: the whole experiment.
     workdir: checkpoints, metrics, exports and pictures go here.
+    profile: steps to make a profile of, such as '10:13'.
 
   Returns:
     How often each step function was traced: 1 each, or it recompiles.
@@ -48,6 +51,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, int]:
     NonFiniteError: at the first loss that is not finite; nothing is saved from then on.
   """
   rec = recipes.build(config)
+  profiled = profiling.parse(profile, config.total_steps)
   mesh = sharding.make_mesh(config.mesh)
   check_mesh(config, mesh)
   check_config(workdir, config, FREE)
@@ -70,6 +74,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, int]:
     raise InputError(
       f'{workdir} is at step {start}, beyond total_steps={config.total_steps}: pass another --workdir.'
     )
+  profiling.check_ahead(profiled, start)
   state = (
     _restore(checkpoints, start, like)
     if start
@@ -92,7 +97,11 @@ def run(config: ConfigDict, workdir: str) -> dict[str, int]:
   layout = programs.Layout(placed, frozen_placed, mesh)
   jitted = {spec.name: programs.step(spec, rec, layout, traces) for spec in stage.steps}
   feeds = {spec.name: _feed(spec, config, start) for spec in stage.steps}
-  writer, progress = Writer(workdir, start), Progress(config.total_steps, start)
+  writer = Writer(workdir, start)
+  progress = Progress(config.total_steps, mesh.devices.flatten())
+  progress.announce(_costs(config, rec, start))
+  profiler = Profiler(profiled, os.path.join(workdir, 'profile'))
+  spent = 0.0
   digest, waiting = config_digest(config), None
 
   def flush():
@@ -100,18 +109,30 @@ def run(config: ConfigDict, workdir: str) -> dict[str, int]:
       _log(waiting, config, checkpoints, writer, progress)
 
   # Whatever stops the loop, a save in progress is waited for.
-  with contextlib.closing(checkpoints), contextlib.closing(writer):
+  with (
+    contextlib.closing(checkpoints),
+    contextlib.closing(writer),
+    contextlib.closing(profiler),
+  ):
     for n in range(start, config.total_steps):
-      scalars = {}
-      for spec in stage.steps:
-        if n % spec.every == 0:
-          batch = _to_devices(next(feeds[spec.name]), mesh)
-          state, metrics = jitted[spec.name](state, frozen, batch, np.int32(n))
-          scalars |= {f'{spec.name}/{k}': v for k, v in metrics.items()}
+      scalars, costs = {}, _costs(config, rec, n)
+      profiler.before(n + 1, state)
+      with jax.profiler.StepTraceAnnotation('train', step_num=n + 1):
+        for spec in stage.steps:
+          if n % spec.every == 0:
+            # All that goes to the devices goes there here.
+            batch = _to_devices(next(feeds[spec.name]), mesh)
+            at = states.place(np.int32(n), sharding.replicated(mesh))
+            with _guarded(spec.name, traces, progress):
+              state, metrics = jitted[spec.name](state, frozen, batch, at)
+            scalars |= {f'{spec.name}/{k}': v for k, v in metrics.items()}
+            spent += config.batch * costs.get(spec.name, 0.0)
+      if profiler.after(n + 1, state):
+        progress.restart(n + 1, spent)
       scalars |= watch(state.ema, frozen, n + 1)
       # The scalars of the step before are read only now, so the host never holds up the device.
       flush()
-      waiting = (n + 1, scalars)
+      waiting = (n + 1, scalars, spent)
       if (n + 1) % config.checkpoint.every == 0 or n + 1 == config.total_steps:
         flush()
         waiting = None
@@ -130,6 +151,20 @@ def _restore(checkpoints: Checkpoints, step: int, like) -> states.TrainState:
   return got['state'].replace(ema=got['ema'])
 
 
+@contextlib.contextmanager
+def _guarded(name: str, traces: collections.Counter, progress: Progress):
+  """Around one call of a step: a silent copy between host and devices is an error, and the first call is timed."""
+  timed = contextlib.nullcontext() if traces[name] else progress.compiling(name)
+  with timed, jax.transfer_guard('disallow'):
+    yield
+
+
+def _costs(config: ConfigDict, rec, n: int) -> dict[str, float]:
+  """FLOPs of each step for one example, at iteration n."""
+  parts = flops.of_steps(config, rec, n)
+  return {name: sum(part.flops for part in found) for name, found in parts.items()}
+
+
 def _feed(spec: stages.StepSpec, config: ConfigDict, start: int):
   done = -(-start // spec.every)  # calls of this step before `start`
   seed = config.seed + list('gcvd').index(spec.name[0])
@@ -144,15 +179,17 @@ def _to_devices(batch: dict, mesh) -> dict:
 
 
 def _log(waiting, config, checkpoints, writer, progress) -> None:
-  step, scalars = waiting
+  step, scalars, spent = waiting
   scalars = without_inactive({k: float(v) for k, v in jax.device_get(scalars).items()})
   assert_finite(step, scalars, checkpoints.latest_step(), str(checkpoints.folder))
   writer.write(step, scalars)
-  if step % config.log.every == 0 or step in (1, config.total_steps):
+  if progress.is_first or step % config.log.every == 0 or step == config.total_steps:
+    measured = progress.measure(step, spent)
+    writer.write_timing(step, measured)
     shown = {
       k: v for k, v in scalars.items() if 'loss' in k or k.endswith('grad_norm') or 'active' in k
     }
-    log.info('%s', progress.line(step, shown))
+    log.info('%s', progress.line(step, measured, shown))
 
 
 def _finish(config: ConfigDict, rec, state: states.TrainState, workdir: str) -> None:

@@ -79,6 +79,20 @@ WRONG_COMMANDS = {
       "--config.optim.generator.lr=x: a number is needed, not 'x'",
     ),
     ([NANO, '--config.rollout.unroll=3'], '--config.rollout.unroll=3: true or false is needed'),
+    (
+      [NANO, '--profile=10'],
+      '--profile=10 must be the first and the last step, such as --profile=10:13.',
+    ),
+    (
+      [NANO, '--profile=13:10'],
+      '--profile=13:10 must name steps between 1 and total_steps=120, the first one first.',
+    ),
+    ([NANO, '--profile=0:3'], '--profile=0:3 must name steps between 1 and total_steps=120'),
+    ([NANO, '--profile=119:121'], '--profile=119:121 must name steps between 1 and total'),
+    (
+      [NANO, '--compile_cache=/dev/null/here'],
+      '--compile_cache: nothing can be written to /dev/null/here (Not a directory)',
+    ),
     ([NANO + 'o'], 'the config argument "nanoo" is unknown; known are: 1.3b, 14b, causal_forcing, dmd,'),
     (
       ['--config=configs/selforcing.py:nano'],

@@ -46,13 +46,27 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch):
   assert not (tmp_path / 'run').exists()
 
 
-def test_progress_leaves_the_compilation_out():
-  times = iter([100.0, 110.0, 110.0])
-  progress = metrics.Progress(total=400, start=100, clock=lambda: next(times))
-  assert progress.line(101, {'loss': 0.5}) == 'step 101/400  loss 0.5'
-  assert progress.line(121, {'loss': 0.1234567}) == (
-    'step 121/400  2 step/s  left 2m20s  loss 0.1235'
-  )
+def test_timing_is_kept_apart_from_what_the_run_determines(tmp_path):
+  writer = metrics.Writer(tmp_path)
+  writer.write(1, {'loss': 1.0})
+  writer.write_timing(1, {'first_step_seconds': 9.5})
+  writer.write_timing(2, {})
+  writer.write_timing(3, {'mfu': 0.25})
+  writer.close()
+  assert [json.loads(line) for line in writer.path.read_text().splitlines()] == [
+    {'step': 1, 'loss': 1.0}
+  ]
+  writer = metrics.Writer(tmp_path, resume_step=2)
+  writer.close()
+  assert writer.timing_path.read_text() == '{"step": 1, "first_step_seconds": 9.5}\n'
+
+
+@pytest.mark.parametrize(
+  'value, text',
+  [(0.0, '0 '), (12.34, '12.3 '), (999.4, '999 '), (999.6, '1 k'), (5.513e15, '5.51 P')],
+)
+def test_quantity(value, text):
+  assert metrics.quantity(value) == text
 
 
 @pytest.mark.parametrize(

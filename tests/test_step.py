@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -212,3 +213,14 @@ def test_the_bidirectional_student(folder):
     state, frozen, batch, np.int32(0)
   )
   assert np.isfinite(metrics['loss'])
+
+
+def test_a_profile_names_networks_and_optimizer(folder):
+  """In the paths of a lowered step's operations; those of the generator's networks are in tests/test_flops.py."""
+  rec, *args = _setup(folder)
+  lowered = jax.jit(functools.partial(step.critic_step, recipe=rec)).lower(*args, np.int32(0))
+  paths = set(re.findall(r'loc\("([^"]*)"', lowered.as_text(debug_info=True)))
+  scopes = {scope for path in paths for scope in re.split(r'[/()]', path)}
+  assert {'text', 'rollout', 'critic', 'optimizer'} <= scopes
+  assert not {'student', 'teacher', 'reference'} & scopes
+  assert any('transpose(jvp(critic))' in path for path in paths)

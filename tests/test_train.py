@@ -9,11 +9,13 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from salt_jax import train
+from salt_jax import stages, train
+from salt_jax.errors import InputError
 from salt_jax.store import Store
 from tests import tiny_config
 
@@ -27,9 +29,9 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def finished(weights, tmp_path_factory):
-  """An uninterrupted run of six steps: (workdir, how often each step was traced)."""
+  """An uninterrupted run of six steps, two of them profiled: (workdir, how often each step was traced)."""
   workdir = str(tmp_path_factory.mktemp('run'))
-  return workdir, train.run(tiny_config.get_config(weights), workdir)
+  return workdir, train.run(tiny_config.get_config(weights), workdir, profile='3:4')
 
 
 def _start(weights, workdir, devices=1, *flags):
@@ -212,3 +214,95 @@ def test_the_average_alone_is_enough_to_sample(finished, weights):
   for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(exported), strict=True):
     np.testing.assert_array_equal(a, b)
   assert config.size == 'nano' and rec.model.dim == tiny_config.DIT['dim']
+
+
+def test_the_profile_holds_the_chosen_steps_alone(finished):
+  (file,) = pathlib.Path(finished[0], 'profile').rglob('*.xplane.pb')
+  events = [
+    (event.name, dict(event.stats))
+    for plane in jax.profiler.ProfileData.from_file(str(file)).planes
+    for line in plane.lines
+    for event in line.events
+  ]
+  assert sorted(stats['step_num'] for name, stats in events if name == 'train') == [3, 4]
+  modules = {stats.get('hlo_module') for _, stats in events}
+  assert {'jit_generator_step', 'jit_critic_step'} <= modules
+
+
+def test_a_profile_of_steps_that_are_done_is_refused(finished, weights):
+  with pytest.raises(InputError, match='--profile=2:3: the run goes on behind step 6; choose'):
+    train.run(tiny_config.get_config(weights), finished[0], profile='2:3')
+
+
+def test_timing_is_logged_and_the_first_step_apart(finished):
+  lines = (pathlib.Path(finished[0]) / 'timing.jsonl').read_text().splitlines()
+  first, *others = [json.loads(line) for line in lines]
+  assert first['step'] == 1 and first['first_step_seconds'] > 0
+  assert 'steps_per_second' not in first
+  # The profile of steps 3 and 4 would spoil the rate, which is measured anew behind it.
+  assert [line['step'] for line in others if 'steps_per_second' in line] == [2, 5, 6]
+  assert all('mfu' not in line and 'hbm' not in line for line in others), 'a CPU has no such thing'
+
+
+class _Late:
+  """A scalar that is still being computed: remembers how many steps were dispatched when it was read."""
+
+  def __init__(self, step, dispatched, read):
+    self.step, self.dispatched, self.read = step, dispatched, read
+
+  def __array__(self, dtype=None, copy=None):
+    self.read.append((self.step, len(self.dispatched)))
+    return np.float32(self.step).reshape(())
+
+
+@pytest.fixture
+def little(weights, monkeypatch):
+  """A run of five steps of next to no work: (its config, a function that sets what a step does)."""
+
+  def step(state, frozen, batch, n, recipe):
+    params = {'generator': {'w': state.params['generator']['w'] + n + batch['x'].sum()}}
+    return state.replace(params=params, ema=params), {'loss': jnp.float32(n)}
+
+  def feed(_):
+    while True:
+      yield {'index': np.arange(8), 'x': np.ones(8, np.float32)}
+
+  params = {'generator': {'w': np.zeros(3, np.float32)}}
+  spec = stages.StepSpec('generator', step, 1, feed)
+  stage = stages.Stage(params, lambda: params, {}, ('generator',), (spec,))
+  monkeypatch.setattr(train.stages, 'build', lambda *_: stage)
+  monkeypatch.setattr(train, '_finish', lambda *_: None)
+  config = tiny_config.get_config(weights)
+  config.total_steps = 5
+  config.checkpoint.every = 5
+  return config
+
+
+def test_scalars_are_read_behind_the_dispatch_of_the_next_step(little, tmp_path, monkeypatch):
+  dispatched, read, plain = [], [], train._jit
+
+  def jit(*args):
+    run = plain(*args)
+
+    def late(state, frozen, batch, n):
+      dispatched.append(1)
+      return run(state, frozen, batch, n)[0], {'loss': _Late(len(dispatched), dispatched, read)}
+
+    return late
+
+  def waited(x, plain=jax.block_until_ready):
+    assert len(dispatched) == 5, 'the loop waits for the device'
+    return plain(x)
+
+  monkeypatch.setattr(train, '_jit', jit)
+  monkeypatch.setattr(jax, 'block_until_ready', waited)
+  train.run(little, str(tmp_path))
+  # The last step is read because it is saved, and a bad one must not be.
+  assert read == [(1, 2), (2, 3), (3, 4), (4, 5), (5, 5)]
+
+
+def test_a_silent_copy_to_the_device_is_an_error(little, tmp_path, monkeypatch):
+  assert train.run(little, str(tmp_path / 'whole')) == {'generator': 1}
+  monkeypatch.setattr(train, '_to_devices', lambda batch, mesh: {'x': batch['x']})
+  with pytest.raises(Exception, match='Disallowed host-to-device transfer'):
+    train.run(little, str(tmp_path / 'silent'))

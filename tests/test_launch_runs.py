@@ -1,0 +1,205 @@
+"""launch/gcp_tpu.sh against a stand-in for gcloud: runs that are followed, dropped, taken away, resumed; that fail."""
+
+import os
+import signal
+import subprocess
+import threading
+
+import pytest
+
+from tests import clouds
+from tests.clouds import FLAGS, NASTY, wait_for
+
+
+@pytest.fixture(scope='module')
+def checkout(tmp_path_factory):
+  yield from clouds.make_checkout(tmp_path_factory)
+
+
+@pytest.fixture
+def cloud(tmp_path, checkout):
+  yield from clouds.make_cloud(tmp_path, checkout)
+
+
+def test_queued_slices_over_two_nodes(cloud):
+  text = cloud('create', 'pods', '--type=v5p-16', '--slices=2', '--reserved')
+  assert [state in text for state in ('WAITING_FOR_RESOURCES', 'PROVISIONING')] == [True, True]
+  (create,) = cloud.calls('create')
+  assert {
+    '--node-count=2',
+    '--node-prefix=pods',
+    '--runtime-version=v2-alpha-tpuv5',
+    '--reserved',
+  } < set(create)
+  cloud('install', 'pods')
+  cloud('run', 'pods', '--run=long', '--', *FLAGS, '--multihost')
+  for node in ('pods-0', 'pods-1'):
+    for worker in (0, 1):
+      (record,) = cloud.ran(node, worker)
+      assert record['argv'] == [*FLAGS, '--multihost']
+  assert 'run long: exit 0' in cloud('status', 'pods')
+  cloud('delete', 'pods', '--yes')
+  assert cloud.get('world') == {'nodes': {}, 'queued': {}}
+
+
+def test_refused_connections_start_one_run(cloud):
+  cloud.pod()
+  cloud.fail('tpu-vm ssh', '[/usr/bin/ssh] exited with return code [255].', code=255)
+  cloud.set('unheard', [1])
+  text = cloud('run', 'pod', '--', *FLAGS)
+  assert text.count('could not be reached') == 2 and 'started already' in text
+  assert [len(cloud.ran(worker=worker)) for worker in (0, 1)] == [1, 1]
+  cloud.fail('tpu-vm ssh', '[/usr/bin/ssh] exited with return code [255].', code=255, times=99)
+  assert 'did not start on all workers' in cloud('run', 'pod', '--tries=3', '--', *FLAGS, code=1)
+  assert len(cloud.ran()) == 1
+
+
+def test_a_dropped_log_goes_on_where_it_was(cloud):
+  cloud.pod('v4-8')
+  cloud.set('program', {'1.pod.0': {'until': 'cut'}})
+  cloud.set('cut', ['drop'])
+  text = cloud('run', 'pod', '--', *FLAGS)
+  assert 'connection dropped; going on behind byte 16' in text
+  assert text.count('started 1.pod.0') == 1 and text.count('ended') == 1
+
+
+@pytest.mark.parametrize('queued', [[], ['--queued']])
+def test_a_preempted_run_is_resumed_by_hand(cloud, queued):
+  cloud('create', 'pod', '--type=v5litepod-8', '--spot', *queued)
+  cloud('install', 'pod')
+  cloud.set('program', {f'1.pod.{worker}': {'until': 'never'} for worker in (0, 1)})
+  cloud.set('cut', ['preempted'])
+  text = cloud('run', 'pod', '--', *NASTY, code=75)
+  assert 'was taken away' in text and 'resume pod' in text
+  assert not cloud.calls('delete')
+  assert 'cannot be used now' in cloud('run', 'pod', '--', *FLAGS, code=1)
+  assert 'finished on all workers' in cloud('resume', 'pod')
+  assert [record['argv'] for record in cloud.ran(worker=1)] == [[*NASTY, '--multihost']]
+  first, second = cloud.calls('create')
+  assert first == second and len(cloud.calls('delete')) == 1
+
+
+def test_keep_going_makes_the_slice_again(cloud):
+  cloud.pod()
+  cloud.set('program', {f'1.pod.{worker}': {'until': 'never'} for worker in (0, 1)})
+  cloud.set('cut', ['preempted'])
+  cloud('run', 'pod', '--keep-going', '--', *NASTY)
+  assert [record['key'] for record in cloud.ran()] == ['2.pod.0']
+  assert cloud.ran()[0]['argv'] == [*NASTY, '--multihost']
+  assert len(cloud.calls('create')) == 2 and len(cloud.calls('delete')) == 1
+
+
+def test_keep_going_when_the_slice_goes_before_the_run_starts(cloud):
+  cloud.pod('v4-8')
+  cloud.set('cut', ['before start'])
+  assert 'was taken away' in cloud('run', 'pod', '--keep-going', '--', *FLAGS)
+  assert [record['key'] for record in cloud.ran()] == ['2.pod.0']
+
+
+def test_keep_going_waits_for_a_slice_in_repair(cloud):
+  cloud.pod('v4-8')
+  cloud.set('program', {'1.pod.0': {'until': 'cut'}})
+  cloud.set('cut', ['repair'])
+  cloud('run', 'pod', '--keep-going', '--', *FLAGS)
+  assert len(cloud.ran()) == 2 and len(cloud.calls('create')) == 1
+
+
+def test_keep_going_respects_stop(cloud):
+  cloud.pod('v4-8')
+  cloud.set('program', {'1.pod.0': {'until': 'never'}})
+
+  def stop():
+    wait_for(lambda: (cloud.home() / 'salt_jax_runs/main/log').exists() and cloud.ran())
+    environment = {**cloud.environment, 'HOME': str(cloud.home()), 'STANDIN_HOST': 'w'}
+    words = ['bash', str(cloud.checkout / 'launch/tpu_worker.sh'), 'stop', 'main']
+    subprocess.run(words, env=environment, check=True)
+
+  other = threading.Thread(target=stop)
+  other.start()
+  assert 'was stopped' in cloud('run', 'pod', '--keep-going', '--', *FLAGS, code=75)
+  other.join()
+  assert len(cloud.ran()) == 1
+
+
+def test_keep_going_ends_at_its_number(cloud):
+  cloud.pod('v4-8')
+  cloud.set('program', {f'{life}.pod.0': {'until': 'never'} for life in (1, 2, 3)})
+  cloud.set('cut', ['preempted', 'preempted', 'preempted'])
+  assert 'to go on from the newest' in cloud('run', 'pod', '--keep-going=1', '--', *FLAGS, code=75)
+  assert len(cloud.calls('create')) == 2
+
+
+def test_code_that_is_not_there_any_more_is_asked_for(cloud):
+  cloud.pod('v4-8')
+  cloud('delete', 'pod', '--yes')
+  cloud('create', 'pod', '--type=v4-8')
+  text = cloud('run', 'pod', '--', *FLAGS, code=1)
+  assert '`install` brings it' in text and len(cloud.calls('ssh')) == 2
+
+
+def test_resume_deletes_no_slice_of_others(cloud):
+  cloud.pod('v4-8')
+  cloud.set('program', {'1.pod.0': {'until': 'never'}})
+  cloud.set('cut', ['preempted'])
+  cloud('run', 'pod', '--', *FLAGS, code=75)
+  world = cloud.get('world')
+  world['nodes']['pod']['labels'] = {}
+  cloud.set('world', world)
+  assert 'lacks the label' in cloud('resume', 'pod', code=1)
+  assert not cloud.calls('delete')
+
+
+def test_the_worker_that_failed_is_named(cloud):
+  cloud.pod()
+  cloud.set('program', {'1.pod.0': {'code': 69}, '1.pod.1': {'code': 3}})
+  text = cloud('run', 'pod', '--keep-going', '--', *FLAGS, code=3)
+  assert 'pod, worker 1: exit code 3' in text and 'pod, worker 0: exit code 69' in text
+  assert len(cloud.ran()) == 1 and not cloud.calls('delete')
+
+
+def test_a_run_told_to_leave_goes_on_in_the_same_slice(cloud):
+  cloud.pod()
+  cloud.set('program', {'1.pod.0': {'until': 'never'}, '1.pod.1': {'until': 'never'}})
+  cloud('run', 'pod', '--no-follow', '--', *FLAGS)
+  assert 'run main: running' in cloud('status', 'pod')
+  for name in ('main', 'other'):
+    text = cloud('run', 'pod', f'--run={name}', '--no-follow', '--', *FLAGS, code=1)
+    assert 'run main is still running here' in text
+  cloud('stop', 'pod')
+  text = cloud('logs', 'pod', code=75)
+  assert 'saved' in text and 'was stopped' in text
+  assert 'run main: stopped' in cloud('status', 'pod')
+  cloud.set('program', {})
+  cloud('resume', 'pod')
+  assert [len(cloud.ran(worker=worker)) for worker in (0, 1)] == [2, 2]
+  assert not cloud.calls('delete') and len(cloud.calls('create')) == 1
+  text = cloud('logs', 'pod', '--no-follow', '--lines=1')
+  assert '[worker 0] ended' in text and '[worker 1] ended' in text
+  assert list((cloud.home() / 'salt_jax_runs/main').glob('log.*'))
+
+
+def test_a_machine_that_goes_down_and_one_that_is_cut_off(cloud):
+  cloud.pod('v4-8')
+  cloud.set('program', {'1.pod.0': {'until': 'never'}})
+  place = cloud.home() / 'salt_jax_runs/main'
+  for number, end in ((signal.SIGTERM, 'exit 75'), (signal.SIGKILL, 'lost')):
+    cloud('run', 'pod', '--no-follow', '--', *FLAGS)
+    wait_for(lambda: 'started' in (place / 'log').read_text())
+    os.killpg(int((place / 'pid').read_text()), number)
+    text = cloud('logs', 'pod', code=75)
+    assert ('saved' in text) == (number == signal.SIGTERM)
+    assert f'run main: {end}' in cloud('status', 'pod')
+
+
+def test_results_are_fetched(cloud, tmp_path):
+  cloud.pod()
+  cloud('run', 'pod', '--', *FLAGS)
+  (cloud.state / 'buckets/bucket/run').mkdir(parents=True)
+  (cloud.state / 'buckets/bucket/run/report.md').write_text('report')
+  cloud('fetch', 'pod', f'--to={tmp_path / "results of today"}')
+  assert (tmp_path / 'results of today/workdir/report.md').read_text() == 'report'
+  for worker in (0, 1):
+    assert (
+      f'started 1.pod.{worker}' in (tmp_path / f'results of today/pod.{worker}.log').read_text()
+    )
+  assert 'pod' in cloud('list').split()
