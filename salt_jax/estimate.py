@@ -83,7 +83,7 @@ def report(program: lowered.Program, config: ConfigDict, mesh: Mesh, slice_: Sli
     jax.errors.JaxRuntimeError: it cannot be compiled for another reason.
   """
   began, usage = time.monotonic(), _cpu()
-  held = lowered.resident(program.inputs)
+  held = program.held
   blank = _blank(program, mesh, slice_, held)
   if held > slice_.generation.hbm:
     change = _advice(config, program, mesh, held, held)
@@ -198,9 +198,11 @@ def _advice(
   if 'model' in config and not config.model.remat and program.name != 'sample':
     return 'set --config.model.remat=true, so that activations are made anew for the backward pass.'
   if 2 * held > needed:
+    kept = lowered.resident(program.inputs)
+    cache = f' and caches {program.cache / GIB:.1f}' if program.cache else ''
     return (
-      f'networks and optimizer states alone take {held / GIB:.1f} GiB a device: take a larger slice, or a smaller '
-      'teacher.'
+      f'networks and optimizer states alone take {kept / GIB:.1f}{cache} GiB a device: take a larger slice, a smaller '
+      'teacher or a smaller batch.'
     )
   if clips > 1:
     return (

@@ -33,6 +33,7 @@ class Program(NamedTuple):
     every: iterations from one run to the next; 0 is no part of training.
     steps: of an iteration of training; 0 if this is none of them.
     inputs: shapes of its arguments, with shardings.
+    cache: bytes on a device of the keys and values that a rollout makes.
   """
 
   name: str
@@ -44,6 +45,12 @@ class Program(NamedTuple):
   every: int
   steps: int
   inputs: PyTree
+  cache: float = 0.0
+
+  @property
+  def held(self) -> float:
+    """Bytes on a device of arguments and cache, without the padding of tiles: a lower bound of what is needed."""
+    return resident(self.inputs) + self.cache
 
 
 def of_config(config: ConfigDict, rec: Recipe, mesh: Mesh) -> dict[str, Program]:
@@ -92,9 +99,19 @@ def _steps(config: ConfigDict, rec: Recipe, mesh: Mesh) -> dict[str, Program]:
       work.every,
       len(what.work),
       inputs,
+      _cache(rec, mesh, config.batch) if config.stage == 'selfforcing' else 0.0,
     )
     for work in what.work
   }
+
+
+def _cache(rec: Recipe, mesh: Mesh, clips: int) -> float:
+  """Of a clip's rollout; a stream's cache is an argument."""
+  if not rec.chunking.causal or rec.streaming is not None:
+    return 0.0
+  frames, tokens = rec.chunking.frames, rec.chunking.cache[1]
+  whole = flops.cache_bytes(rec.model, frames, tokens, rec.chunking.dtype)
+  return whole * clips / mesh.size
 
 
 def shards(mesh: Mesh) -> int:
@@ -130,6 +147,7 @@ def _sample(config: ConfigDict, rec: Recipe, mesh: Mesh) -> Program:
     0,
     0,
     inputs,
+    _cache(rec, mesh, clips),
   )
 
 
