@@ -19,7 +19,7 @@ setuptools.setup(
   install_requires=[
     'absl-py>=2.1',  # flags and logging
     'array_record>=0.5',  # stores of latents and text embeddings
-    'etils[epath]>=1.9',  # paths in buckets
+    'etils[epath]>=1.9',  # folders and buckets alike
     'einops>=0.8',  # rearrangements that name their axes
     'flax>=0.12',  # the networks (linen)
     'grain>=0.2.12',  # reading data
@@ -44,6 +44,7 @@ setuptools.setup(
       'sentencepiece>=0.2',  # UMT5's spiece.model
       'tokenizers>=0.20',  # UMT5's tokenizer.json
     ],
+    'gcs': ['gcsfs>=2024.6'],  # checkpoints in gs://
     'video': ['av>=12.0'],  # MP4 files: samples, and what VBench reads
     'dev': [
       'jax[tpu]>=0.10',  # libtpu: tests compile real sizes for TPUs on a CPU
@@ -57,6 +58,7 @@ setuptools.setup(
       'ftfy>=6.2',  # what the extra wan brings, for its tests
       'sentencepiece>=0.2',
       'tokenizers>=0.20',
+      'gcsfs>=2024.6',  # buckets, against a stand-in
       'av>=12.0',  # MP4 files are written and read back
     ],
   },

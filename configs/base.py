@@ -153,7 +153,8 @@ def common(name: str, stage: str, size: str, total_steps: int, batch: int) -> Co
       text_length=dit(size).text_len,
       weights=weights(size),
       ema=dict(decay=0.99, start=0),
-      checkpoint=dict(every=max(1, total_steps // 5), keep=2),  # in steps; kept checkpoints
+      # In steps; kept checkpoints; where they go if not to the workdir: a folder or gs://BUCKET/FOLDER.
+      checkpoint=dict(every=max(1, total_steps // 5), keep=2, folder=''),
       # Lines on the terminal; every so many steps (0: never) figures of so many clips of the averaged student.
       log=dict(every=10, samples_every=0, samples=4),
       export_dtype='float16' if size == 'nano' else 'float32',

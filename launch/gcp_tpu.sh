@@ -17,7 +17,7 @@ usage: launch/gcp_tpu.sh COMMAND NAME [option ...] [-- FLAG ...]
   install NAME              the code of this folder's commit, with an environment, on all workers
       --commit=HASH --repo=URL   another commit, another place; by default origin's, by https
       --ship                send `git archive` of the commit instead, for what is not pushed
-      --extras=tpu          extras of setup.py, parted by commas
+      --extras=tpu,gcs,wan  extras of setup.py, parted by commas
   run NAME -- FLAG ...      python -m salt_jax.main FLAG ... on all workers, detached; follows the log of worker 0
       --run=main            name of the run, for resume, logs, status, stop, fetch
       --keep-going[=20]     when the slice is taken away: make it again, install, go on; at most so often
@@ -26,7 +26,7 @@ usage: launch/gcp_tpu.sh COMMAND NAME [option ...] [-- FLAG ...]
   logs NAME [--run=R]       follow it (--worker=K); --no-follow: the last lines of all workers (--lines=20)
   status NAME               the state of the slice, and of the runs on each worker
   stop NAME [--run=R]       tell the run to save and leave
-  fetch NAME --to=DIR       the logs of all workers, and the run's workdir
+  fetch NAME --to=DIR       the logs of all workers, the first one's workdir, and the run's bucket
   delete NAME [--yes]       delete the slice, if this script and this owner made it
   list                      what this script made in the zone, and still costs or holds quota
 
@@ -53,7 +53,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 command=${1:-} name='' zone=${CLOUDSDK_COMPUTE_ZONE:-} project=${CLOUDSDK_CORE_PROJECT:-} owner=${USER:-$(id -un)} dry=''
 type='' tier='' queued='' slices=1 minutes=1440 tries=5 looks=10 runtime='' network=() where=() reach=()
-commit='' repo='' ship='' extras=tpu run=main keep='' follow=yes environment=() worker=0 workers=all lines=20 to='' yes='' flags=()
+commit='' repo='' ship='' extras=tpu,gcs,wan run=main keep='' follow=yes environment=() worker=0 workers=all lines=20 to='' yes='' flags=()
 said='' facts='' kind=none state='' found_type='' made_by='' owned_by='' nodes=() health='' because='' states='' outcome=''
 address='^https://[A-Za-z0-9.-]+/[A-Za-z0-9._/~+-]+$'
 
@@ -236,21 +236,24 @@ stop() {
 }
 
 fetch() {
-  local node word workdir=''
+  local node word workdir='' bucket=''
   [[ -n $to ]] || die 'say where to: --to=DIR.' 2
   recall "run.$run" || die "it is not known what run $run of $name was."
-  for word in "${flags[@]}"; do [[ $word != --workdir=* ]] || workdir=${word#*=}; done
+  for word in "${flags[@]}"; do
+    case $word in
+      --workdir=*) workdir=${word#*=} ;;
+      --config.checkpoint.folder=*) bucket=${word#*=} ;;
+    esac
+  done
   [[ -n $dry ]] || mkdir -p "$to"
-  if [[ $workdir == gs://* ]]; then
-    act storage rsync "$workdir" "$to/workdir" --recursive || die 'the workdir could not be copied (above).'
+  if [[ -n $bucket ]]; then
+    act storage rsync "$bucket" "$to/bucket" --recursive || die 'the checkpoints could not be copied (above).'
   fi
   examine
   [[ $health == ready ]] || die "$because: its workers cannot be read; what was followed of the log is in $record/log.$run."
   for node in "${nodes[@]}"; do fetch_logs "$node"; done
-  if [[ $workdir != gs://* ]]; then
-    act compute tpus tpu-vm scp "${nodes[0]}:$workdir" "$to/workdir" "${where[@]}" "${reach[@]}" --recurse --worker=0 \
-      || die 'the workdir could not be copied (above).'
-  fi
+  act compute tpus tpu-vm scp "${nodes[0]}:$workdir" "$to/workdir" "${where[@]}" "${reach[@]}" --recurse --worker=0 \
+    || die 'the workdir could not be copied (above).'
 }
 
 fetch_logs() {

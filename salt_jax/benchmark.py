@@ -21,7 +21,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import PyTree
 
-from salt_jax import cli, generate, sample, video
+from salt_jax import cli, generate, hosts, sample, video
 from salt_jax.errors import InputError
 
 log = logging.getLogger('salt_jax.evaluate')
@@ -281,10 +281,11 @@ def export(args: flags.FlagValues) -> None:
   wanted = items(args.vbench, args.extended, args.samples, args.flicker_samples)
   video.require_pyav('--vbench')
   _check_folder(args.output, wanted)
-  generate.join(args)
-  made = sample.generator(args, [item.text for item in wanted], seed=args.seed)
-  _check_record(args.output, record(made, wanted, args))
-  _write(made, wanted, args)
+  texts = [item.text for item in wanted]
+  with hosts.joined(args):
+    made = sample.generator(args, texts, seed=args.seed, pictures=False)
+    _check_record(args.output, record(made, wanted, args))
+    _write(made, wanted, args)
 
 
 def _write(made: generate.Generator, wanted: Sequence[Item], args: flags.FlagValues) -> None:

@@ -9,9 +9,7 @@ the fingerprints kept in `info` do.
 import contextlib
 import hashlib
 import json
-import pathlib
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,11 +17,14 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jaxtyping import Array, UInt32
 
 from salt_jax.errors import InputError
+from salt_jax.places import folder_of, is_bucket
 
 ITEMS = ('state', 'ema')
+_CHUNK_BYTES = 2**26  # of an array that are stored together; Orbax cuts the first axis first
 
 
 class Checkpoints:
@@ -37,7 +38,7 @@ class Checkpoints:
       every: `save` saves at multiples of this many steps.
       keep: how many newest steps stay.
     """
-    self.folder = local_folder(folder)
+    self.folder = folder_of(folder)
     self._manager = ocp.CheckpointManager(
       self.folder,
       options=ocp.CheckpointManagerOptions(
@@ -74,9 +75,10 @@ class Checkpoints:
     if jax.default_backend() == 'cpu':
       # There the host's view is the device's own memory: the writer would hold what is to be donated.
       items = jax.block_until_ready(_copied(dict(items)))
-    args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+    args = {name: ocp.args.StandardSave(tree, _in_layers(tree)) for name, tree in items.items()}
     args['info'] = ocp.args.JsonSave(dict(info) | {'step': int(step), 'fingerprints': prints})
-    return self._manager.save(step, args=ocp.args.Composite(**args), force=force)
+    with self._writing():
+      return self._manager.save(step, args=ocp.args.Composite(**args), force=force)
 
   def restore(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
     """Reads the items named in `like`, and `info`.
@@ -94,8 +96,28 @@ class Checkpoints:
     return _restore(self._manager, self.folder, step, like)
 
   def close(self) -> None:
-    """Waits for the save in progress, and raises what went wrong in it."""
-    self._manager.close()
+    """Waits for the save in progress.
+
+    Raises:
+      InputError: it could not be written.
+    """
+    with self._writing():
+      self._manager.close()
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """What fails in the background is raised by the next call."""
+    try:
+      yield
+    except jax.errors.JaxRuntimeError:
+      raise
+    except Exception as error:
+      steps = ocp.utils.checkpoint_steps(self.folder)
+      mend = f'goes on from step {max(steps)}' if steps else 'starts anew'
+      raise InputError(
+        f'a checkpoint could not be written to {self.folder} ({_reason(error)}): mend that, and the same command '
+        f'{mend}.'
+      ) from error
 
 
 def restore_ema(folder: str, like: Any, step: int | None = None) -> Any:
@@ -109,9 +131,9 @@ def restore_ema(folder: str, like: Any, step: int | None = None) -> Any:
   Raises:
     InputError: nothing there, another size, or damaged files.
   """
-  with _reading(folder) as (manager, newest):
+  with reading(folder) as (manager, newest):
     step = newest if step is None else step
-    return _restore(manager, local_folder(folder), step, {'ema': like})['ema']
+    return _restore(manager, folder_of(folder), step, {'ema': like})['ema']
 
 
 def entries(folder: str) -> list[str]:
@@ -120,40 +142,20 @@ def entries(folder: str) -> list[str]:
   Raises:
     InputError: nothing there.
   """
-  with _reading(folder) as (manager, step):
-    averaged, trained = _networks(manager, step)
+  with reading(folder) as (manager, step):
+    averaged, trained = networks(manager, step)
     return [f'{name}_ema' for name in averaged] + list(trained)
 
 
-def restore_network(folder: str, entry: str) -> Any:
-  """Reads one network of a run's newest checkpoint onto the host, whatever its sizes.
-
-  Args:
-    folder: the checkpoints of a run.
-    entry: one of `entries`; an averaged network is compared with its fingerprint, the others have
-      none of their own.
-
-  Raises:
-    InputError: nothing there, no such entry, or damaged files.
-  """
-  with _reading(folder) as (manager, step):
-    path = local_folder(folder)
-    averaged, trained = _networks(manager, step)
-    if entry in trained:
-      return _restore_part(path / str(step), entry, _on_host(trained[entry]))
-    name = entry.removesuffix('_ema')
-    if name == entry or name not in averaged:
-      raise InputError(f'{path} has no {entry}; name one of {", ".join(entries(folder))}.')
-    return _restore(manager, path, step, {'ema': _on_host(averaged)})['ema'][name]
-
-
 @contextlib.contextmanager
-def _reading(folder: str) -> Iterator[tuple[ocp.CheckpointManager, int]]:
+def reading(folder: str) -> Iterator[tuple[ocp.CheckpointManager, int]]:
   """The manager of a run's checkpoints, and the newest step; changes nothing."""
-  path = local_folder(folder)
+  path = folder_of(folder)
   if not path.is_dir():
     raise InputError(f'there is no checkpoint folder {path}; pass the one a training run wrote.')
-  options = ocp.CheckpointManagerOptions(read_only=True, create=False)
+  options = ocp.CheckpointManagerOptions(
+    read_only=True, create=False, multiprocessing_options=_alone()
+  )
   with ocp.CheckpointManager(path, options=options, handler_registry=_handlers()) as manager:
     step = manager.latest_step()
     if step is None:
@@ -161,32 +163,19 @@ def _reading(folder: str) -> Iterator[tuple[ocp.CheckpointManager, int]]:
     yield manager, step
 
 
-def _networks(manager: ocp.CheckpointManager, step: int) -> tuple[dict, dict]:
+def _alone() -> ocp.options.MultiprocessingOptions:
+  """A process that reads waits for no other: one may read where the others do not."""
+  me = jax.process_index()
+  return ocp.options.MultiprocessingOptions(
+    primary_host=me, active_processes={me}, barrier_sync_key_prefix=f'reader-{me}'
+  )
+
+
+def networks(manager: ocp.CheckpointManager, step: int) -> tuple[dict, dict]:
+  """What Orbax knows of the arrays of the averaged networks, and of those as they were trained."""
   stored = manager.metadata(step).item_metadata
   state = stored['state'].tree if stored.get('state') else {}
   return stored['ema'].tree, state.get('params', {})
-
-
-def _on_host(stored: Any) -> Any:
-  host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend='cpu')[0])
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host), stored)
-
-
-def _restore_part(path: pathlib.Path, name: str, like: Any) -> Any:
-  """One network of the state alone: with the optimizer's, all of it may not fit the host."""
-  item = {'params': {name: like}}
-  args = ocp.args.PyTreeRestore(
-    item=item,
-    restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-    partial_restore=True,
-  )
-  try:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-      return reader.restore(path / 'state', args=args)['params'][name]
-  except jax.errors.JaxRuntimeError:
-    raise
-  except Exception as error:
-    raise _damaged(path, [int(path.name)], str(error)) from error
 
 
 def check_config(
@@ -206,12 +195,12 @@ def check_config(
   if not path.exists():
     return
   try:
-    stored = _flatten(json.loads(path.read_text(encoding='utf-8')))
+    stored = _flatten(json.loads(path.read_text()))
   except ValueError as error:
     raise InputError(
       f'{path} is damaged ({error}); delete it, or pass another --workdir.'
     ) from error
-  given = _flatten(json.loads(_config_text(config)))
+  given = flattened(config)
   for key in sorted(stored.keys() | given.keys()):
     free = any(key == name or key.startswith(name + '.') for name in may_change)
     old, new = stored.get(key, 'absent'), given.get(key, 'absent')
@@ -224,22 +213,30 @@ def check_config(
 
 def write_config(workdir: str, config: ml_collections.ConfigDict) -> None:
   """Writes `config.json` unless it is there; from the first checkpoint on a workdir belongs to its config."""
-  path = local_folder(workdir) / 'config.json'
+  path = folder_of(workdir) / 'config.json'
   if jax.process_index() == 0 and not path.exists():
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name('config.json.new')
-    fresh.write_text(_config_text(config), encoding='utf-8')
+    fresh.write_text(_config_text(config))
     fresh.replace(path)
 
 
-def _writable(workdir: str) -> pathlib.Path:
-  path = local_folder(workdir)
+def _writable(workdir: str) -> epath.Path:
+  path = folder_of(workdir)
+  probe = path / f'.writable-{jax.process_index()}'
+  # Buckets answer with errors of their own libraries.
   try:
     path.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=path).close()
-  except OSError as error:
+    probe.write_text('')
+    probe.unlink()
+  except Exception as error:
+    reason = (
+      getattr(error, 'strerror', None) or str(error).partition('\n')[0] or type(error).__name__
+    )
     raise InputError(
-      f'nothing can be written to {path} ({error.strerror}): pass another --workdir.'
+      f'nothing can be written to {path} ({reason}): pass another folder.'
+      if is_bucket(workdir)
+      else f'nothing can be written to {path} ({reason}): pass another --workdir.'
     ) from error
   return path
 
@@ -247,20 +244,6 @@ def _writable(workdir: str) -> pathlib.Path:
 def config_digest(config: ml_collections.ConfigDict) -> str:
   """A short hash of the resolved config, to be kept with a checkpoint."""
   return hashlib.sha256(_config_text(config).encode()).hexdigest()[:16]
-
-
-def local_folder(path: str) -> pathlib.Path:
-  """The absolute path of a folder on this machine's file systems.
-
-  Raises:
-    InputError: a bucket's address.
-  """
-  if '://' in str(path):
-    raise InputError(
-      f'{path} is not a folder: mount the bucket, for example with gcsfuse, and '
-      'pass the mounted folder.'
-    )
-  return pathlib.Path(path).expanduser().absolute()
 
 
 @jax.jit
@@ -278,6 +261,12 @@ def fingerprint(tree: Any) -> UInt32[Array, '']:
 @jax.jit
 def _copied(tree: Any) -> Any:
   return jax.tree.map(jnp.copy, tree)
+
+
+def _in_layers(tree: Any) -> Any:
+  """Stacks of layers are stored layer by layer: `run_weights` reads one without the others."""
+  stack = ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,))
+  return jax.tree.map(lambda x: stack if np.ndim(x) > 2 else ocp.SaveArgs(), tree)
 
 
 def _bit_sum(x: Array) -> UInt32[Array, '']:
@@ -300,7 +289,7 @@ def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
 
 
 def _restore(
-  manager: ocp.CheckpointManager, folder: pathlib.Path, step: int, like: Mapping[str, Any]
+  manager: ocp.CheckpointManager, folder: epath.Path, step: int, like: Mapping[str, Any]
 ) -> dict[str, Any]:
   steps = sorted(manager.all_steps())
   if step not in steps:
@@ -318,14 +307,14 @@ def _restore(
   except (InputError, jax.errors.JaxRuntimeError):
     raise
   except Exception as error:
-    raise _damaged(path, steps, str(error)) from error
+    raise damaged(path, str(error), steps) from error
   for name in like:
     if int(jax.device_get(fingerprint(found[name]))) != prints[name]:
-      raise _damaged(path, steps, f'the bits of {name} are not those that were saved')
+      raise damaged(path, f'the bits of {name} are not those that were saved', steps)
   return found
 
 
-def _compare(path: pathlib.Path, item: str, stored: Any, like: Any) -> None:
+def _compare(path: epath.Path, item: str, stored: Any, like: Any) -> None:
   held, asked = _leaves(stored), _leaves(like)
   for name in sorted(held.keys() | asked.keys()):
     one, other = held.get(name, 'nothing'), asked.get(name, 'nothing')
@@ -343,11 +332,23 @@ def _leaves(tree: Any) -> dict[str, str]:
   }
 
 
-def _damaged(path: pathlib.Path, steps: list[int], reason: str) -> InputError:
+def damaged(path: epath.Path, reason: str, steps: Sequence[int] = ()) -> InputError:
+  """What to say of a step whose files cannot be read; `steps` are those that there are."""
   before = [step for step in steps if step < int(path.name)]
   mend = f'go on from step {before[-1]}' if before else 'start anew'
   reason = reason.strip().partition('\n')[0].partition('. See full')[0][:200]
   return InputError(f'checkpoint {path} is damaged ({reason}); delete that folder to {mend}.')
+
+
+def flattened(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Dotted key to JSON value; references are resolved."""
+  return _flatten(json.loads(_config_text(config)))
+
+
+def _reason(error: Exception) -> str:
+  """What the file system said: the end of a chain of contexts, without the place in a source file."""
+  text = str(error).strip().partition('\n')[0].partition(' [')[0]
+  return text[-200:].rpartition(': ')[2] or type(error).__name__
 
 
 def _config_text(config: ml_collections.ConfigDict) -> str:

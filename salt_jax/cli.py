@@ -12,7 +12,11 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from salt_jax.errors import InputError
+from salt_jax.errors import InputError, Preempted
+
+PREEMPTED = (
+  75  # exit code of a run that saved and left because it was told to; the same command goes on
+)
 
 _REWORDED = {
   'invalid literal for int() with base 10: ': 'a whole number is needed, not ',
@@ -22,7 +26,8 @@ _REWORDED = {
 
 
 def run(program: Callable[[], None], define: Callable[[], None] = lambda: None) -> None:
-  """Defines and parses the flags and runs; what the user can mend ends in one sentence and exit code 2."""
+  """Defines and parses the flags and runs; what the user can mend ends in one sentence and exit code 2, a run that was
+  told to leave in one and 75."""
 
   def guarded(argv):
     try:
@@ -32,6 +37,9 @@ def run(program: Callable[[], None], define: Callable[[], None] = lambda: None) 
       program()
     except InputError as error:
       sys.exit(_refuse(error))
+    except Preempted as error:
+      print(f'salt_jax: {error}', file=sys.stderr)
+      sys.exit(PREEMPTED)
 
   def parse(argv):
     # Config files run and overrides are checked while flags are defined and parsed.
@@ -139,6 +147,8 @@ def _refuse(error: Exception) -> int:
 def _start_log() -> None:
   """Our own lines to stderr; libraries keep to warnings."""
   absl_logging.set_verbosity(absl_logging.WARNING)
+  # Each array of a save that fails would be reported besides the save itself.
+  logging.getLogger('asyncio').setLevel(logging.CRITICAL)
   handler = logging.StreamHandler()
   handler.setFormatter(logging.Formatter('%(asctime)s  %(message)s', datefmt='%H:%M:%S'))
   logger = logging.getLogger('salt_jax')

@@ -16,6 +16,8 @@ import numpy as np
 
 from salt_jax import names, tensor_files
 from salt_jax.errors import InputError
+from salt_jax.leaves import Leaf, of_array
+from salt_jax.tensor_files import Tensor
 from salt_jax.wan_names import Layout, find, layouts
 
 Params = dict[str, Any]
@@ -38,6 +40,13 @@ def _rearrange(key: str, array: np.ndarray, pattern: str, layout: Layout) -> np.
     ) from error
 
 
+def _rearranged(key: str, tensor: Tensor, pattern: str, layout: Layout) -> Tensor:
+  """The same, done when the tensor is read."""
+  empty = np.broadcast_to(np.int8(0), tensor.shape)
+  shape = _rearrange(key, empty, pattern, layout).shape
+  return Tensor(shape, tensor.dtype, lambda: _rearrange(key, tensor.read(), pattern, layout))
+
+
 def rename(tensors: Tensors, network: str, source: str) -> dict[str, np.ndarray]:
   """Gives tensors their Wan names; layouts stay torch's.
 
@@ -52,11 +61,15 @@ def rename(tensors: Tensors, network: str, source: str) -> dict[str, np.ndarray]
   Raises:
     InputError: an unknown name, network or source.
   """
+  lazy = {key: tensor_files.held(array) for key, array in tensors.items()}
+  return {key: x.read() for key, x in _renamed(lazy, network, source).items()}
+
+
+def _renamed(tensors: Mapping[str, Tensor], network: str, source: str) -> dict[str, Tensor]:
   found = names.match(tensors, network, source)
   names.log_unused(network, found.unused)
   names.refuse_unknown(network, found.unknown)
-  lazy = {key: tensor_files.held(array) for key, array in tensors.items()}
-  return {key: x.read() for key, x in names.to_wan_names(lazy, found, source).items()}
+  return names.to_wan_names(tensors, found, source)
 
 
 def from_wan(tensors: Tensors, network: str, dtype: Any = None) -> Params:
@@ -73,23 +86,35 @@ def from_wan(tensors: Tensors, network: str, dtype: Any = None) -> Params:
   Raises:
     InputError: a name outside the table, a layer that is missing, or a shape that does not fit.
   """
+  lazy = {key: tensor_files.held(np.asarray(array)) for key, array in tensors.items()}
+  return read(from_tensors(lazy, network), dtype)
+
+
+def read(tree: Params, dtype: Any = None) -> Params:
+  """A tree of leaves as one of arrays, cast to `dtype` if one is given."""
+  return _nest({path: leaf.whole(dtype) for path, leaf in _flatten(tree).items()})
+
+
+def from_tensors(tensors: Mapping[str, Tensor], network: str) -> Params:
+  """As `from_wan`, but nothing is read: the tree is of `Leaf`."""
   table = layouts(network)
   tensors = {name: tensors[key] for key, name in names.strip(tensors, network).items()}
   found = {key: find(table, key) for key in tensors}
   names.refuse_unknown(network, [key for key, (row, _) in found.items() if not row])
-  leaves, layers = {}, {}
+  tree, layers = {}, {}
   for key, (row, index) in found.items():
     layout = table[row]
-    array = _rearrange(key, tensors[key], f'{layout.torch} -> {layout.params}', layout)
+    tensor = _rearranged(key, tensors[key], f'{layout.torch} -> {layout.params}', layout)
     if network in _STACKED and index:
-      layers.setdefault(row, {})[int(index)] = array
+      layers.setdefault(row, {})[int(index)] = tensor
     else:
-      leaves[_path(key, layout)] = np.asarray(array, dtype)
+      tree[_path(key, layout)] = Leaf((tensor,), False)
   _refuse_gaps(network, layers)
-  for row, arrays in layers.items():
+  for row, stack in layers.items():
     path = _path(row, table[row])
-    leaves[path] = _stack(path, arrays, dtype)
-  return _nest(leaves)
+    _refuse_uneven(path, stack)
+    tree[path] = Leaf(tuple(stack[index] for index in range(len(stack))), True)
+  return _nest(tree)
 
 
 def _path(key: str, layout: Layout) -> tuple[str, ...]:
@@ -99,7 +124,7 @@ def _path(key: str, layout: Layout) -> tuple[str, ...]:
   return (*filter(None, nodes), layout.leaf)
 
 
-def _refuse_gaps(network: str, layers: Mapping[str, Mapping[int, np.ndarray]]):
+def _refuse_gaps(network: str, layers: Mapping[str, Mapping[int, Tensor]]):
   count = max((index for arrays in layers.values() for index in arrays), default=-1) + 1
   missing = [
     row.replace('*', str(index))
@@ -113,14 +138,13 @@ def _refuse_gaps(network: str, layers: Mapping[str, Mapping[int, np.ndarray]]):
     )
 
 
-def _stack(path: tuple[str, ...], arrays: Mapping[int, np.ndarray], dtype: Any) -> np.ndarray:
-  shapes = {array.shape for array in arrays.values()}
+def _refuse_uneven(path: tuple[str, ...], layers: Mapping[int, Tensor]):
+  shapes = {layer.shape for layer in layers.values()}
   if len(shapes) > 1:
     raise InputError(
       f'{".".join(path)} differs in shape between layers: {sorted(shapes)}; '
       'use a checkpoint whose layers are alike.'
     )
-  return np.stack([arrays[index] for index in range(len(arrays))], dtype=dtype)
 
 
 def _nest(leaves: Mapping[tuple[str, ...], Any]) -> Params:
@@ -148,30 +172,48 @@ def _wan_key(path: tuple[str, ...], network: str) -> str:
   return '.'.join(filter(None, (re.sub(r'_(\d+)(?=\.|$)', r'.\1', module), leaf)))
 
 
+def stacked(path: tuple[str, ...]) -> bool:
+  """Whether the leaf at a path of any network is a stack of layers."""
+  return path[0] in _STACKED.values()
+
+
 def to_wan(params: Params, network: str) -> dict[str, np.ndarray]:
   """The exact inverse of `from_wan`: torch's layouts under Wan's names (views where possible).
 
   Raises:
     InputError: a leaf that the table of `network` does not know, or a shape that does not fit.
   """
-  table, tensors, leaves = layouts(network), {}, _flatten(params)
-  rows = {path: find(table, _wan_key(path, network))[0] for path in leaves}
+  return {key: tensor.read() for key, tensor in to_tensors(_held(params), network).items()}
+
+
+def to_tensors(tree: Params, network: str) -> dict[str, Tensor]:
+  """As `to_wan`, but of a tree of `Leaf`, and nothing is read."""
+  table, tensors, flat = layouts(network), {}, _flatten(tree)
+  rows = {path: find(table, _wan_key(path, network))[0] for path in flat}
   names.refuse_unknown(
     network,
     ['.'.join(path) for path, row in rows.items() if not row or table[row].leaf != path[-1]],
   )
-  for path, leaf in leaves.items():
-    key, array, layout = _wan_key(path, network), np.asarray(leaf), table[rows[path]]
+  for path, leaf in flat.items():
+    key, layout = _wan_key(path, network), table[rows[path]]
     pattern = f'{layout.params} -> {layout.torch}'
-    for index, layer in enumerate(array if '*' in key else [array]):
-      tensors[key.replace('*', str(index))] = _rearrange('.'.join(path), layer, pattern, layout)
+    for index, layer in enumerate(leaf.layers):
+      name = key.replace('*', str(index))
+      tensors[name] = _rearranged('.'.join(path), layer, pattern, layout)
   return tensors
+
+
+def _held(params: Params) -> Params:
+  return _nest(
+    {path: of_array(np.asarray(array), stacked(path)) for path, array in _flatten(params).items()}
+  )
 
 
 def wan_shapes(like: Params, network: str) -> dict[str, tuple[int, ...]]:
   """Wan's names and torch shapes of a tree of shapes; allocates nothing."""
   empty = {path: np.broadcast_to(0, leaf.shape) for path, leaf in _flatten(like).items()}
-  return {key: array.shape for key, array in to_wan(_nest(empty), network).items()}
+  tensors = to_tensors(_held(_nest(empty)), network)
+  return {key: tensor.shape for key, tensor in tensors.items()}
 
 
 def check(params: Params, like: Params):
@@ -237,13 +279,16 @@ def load_params(
   Raises:
     InputError: a damaged file, unknown or missing names, or another size; the path is named.
   """
-  tensors = load_safetensors(path)
+  path = os.fspath(path)
+  tensors, _ = tensor_files.scan(path)
+  tensor_files.verify(path)
+  sound = {name: tensor_files.finite(path, name, tensor) for name, tensor in tensors.items()}
   try:
-    params = from_wan(rename(tensors, network, source), network, np.float32)
-    check(params, like)
+    tree = from_tensors(_renamed(sound, network, source), network)
+    check(tree, like)
   except InputError as error:
-    raise InputError(f'{os.fspath(path)}: {error}') from error
-  return params
+    raise InputError(f'{path}: {error}') from error
+  return read(tree, np.float32)
 
 
 def save_params(

@@ -15,11 +15,10 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from salt_jax import checkpoint, cli, convert, lora, names, tensor_files, weights
+from salt_jax import checkpoint, cli, convert, lora, names, run_weights, tensor_files, weights
 from salt_jax.checks import FEW_STEP, section
 from salt_jax.conversion import (
   ORBAX,
@@ -54,17 +53,12 @@ def write_run(folder: str, conversion: Conversion, config: ConfigDict) -> None:
   Raises:
     InputError: weights are missing, not finite, or of another size.
   """
-  tensors = {}
-  for name, tensor in conversion.wan.items():
-    tensors[name] = tensor.read()
-    tensor_files.refuse_nonfinite(conversion.report['files'][0], {name: tensors[name]})
-  params = convert.from_wan(tensors, 'dit', np.float32)
-  del tensors
-  convert.check(params, weights.shapes('dit', section(wan.WanConfig, config, 'model')))
+  source = conversion.report['files'][0]
+  sound = {name: tensor_files.finite(source, name, x) for name, x in conversion.wan.items()}
+  tree = convert.from_tensors(sound, 'dit')
+  convert.check(tree, weights.shapes('dit', section(wan.WanConfig, config, 'model')))
   with tensor_files.draft(folder.rstrip('/')) as name:
-    checkpoints = checkpoint.Checkpoints(os.path.join(name, 'checkpoints'))
-    checkpoints.save(0, {'ema': {'generator': params}}, {'data_step': 0}, force=True)
-    checkpoints.close()
+    run_weights.write(os.path.join(name, 'checkpoints'), {'generator': tree})
     checkpoint.write_config(name, config)
 
 

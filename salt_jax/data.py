@@ -42,8 +42,7 @@ class Feed:
     batch: global batch size.
     seed: seed of clips and shuffles.
     start_step: step of the first batch; to resume, the step to do next.
-    process_index: number of this process.
-    process_count: number of processes; must divide `batch`.
+    rows: rows of the global batch that this process reads; by default all.
     workers: 0 prepares batches in threads; more starts as many processes, which needs parsed absl
       flags and a main module guarded by `if __name__ == '__main__'`.
     threads: batches prepared at once in a process.
@@ -52,22 +51,18 @@ class Feed:
   batch: int
   seed: int = 0
   start_step: int = 0
-  process_index: int = 0
-  process_count: int = 1
+  rows: tuple[int, ...] | None = None
   workers: int = 0
   threads: int = 2
 
   def __post_init__(self):
-    if self.batch < 1 or self.batch % self.process_count:
-      raise InputError(
-        f'batch size {self.batch} cannot be shared by {self.process_count} processes: '
-        'make it a positive multiple of them.'
-      )
+    if self.batch < 1:
+      raise InputError(f'batch size {self.batch} must be positive.')
 
   def positions(self, step: int) -> Int[np.ndarray, 'b']:
     """Global positions of this process's examples at a step."""
-    share = self.batch // self.process_count
-    return step * self.batch + self.process_index * share + np.arange(share, dtype=np.int64)
+    rows = np.arange(self.batch) if self.rows is None else np.array(self.rows)
+    return step * self.batch + rows.astype(np.int64)
 
 
 def _stream(feed: Feed, make: Callable[[np.ndarray], Batch]) -> Iterator[Batch]:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, reduce
 from jaxtyping import Array, Float, Key, PyTree, UInt8
@@ -262,12 +263,12 @@ def decode_behind(
 ) -> UInt8[np.ndarray, 'b t h w 3']:
   """Decodes each chunk of `made` as the one that follows the chunks of `past` before it."""
   params, cfg = subject.frozen['vae'], subject.rec.vae
-  features = vae.init_decode_cache(cfg, made.shape[0], *made.shape[2:4])
-  parts = []
+  features, parts = {}, []
   for start in range(0, made.shape[1], subject.chunk):
     part = slice(start, start + subject.chunk)
-    parts.append(np.asarray(sample.show(params, made[:, part], features, cfg, start == 0)[0]))
-    features = sample.show(params, past[:, part], features, cfg, start == 0)[1]
+    own = jax.tree.map(jnp.copy, features)
+    parts.append(codec.decode_next(params, made[:, part], own, cfg, start == 0)[0])
+    features = codec.decode_next(params, past[:, part], features, cfg, start == 0)[1]
   return np.concatenate(parts, 1)
 
 

@@ -1,4 +1,4 @@
-"""The two ways a run stops on purpose; `main` prints the sentence and exits non-zero."""
+"""The ways a run stops on purpose; `main` prints the sentence and exits non-zero."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class NonFiniteError(InputError):
   """A loss or a norm became NaN or infinite, so going on would only spoil the checkpoints."""
+
+
+class Preempted(Exception):
+  """The machine is wanted back, and the run is saved. The message says how to go on."""

@@ -194,7 +194,7 @@ def _advice(
   """What to change, for the largest part of what is needed."""
   clips = program.clips / program.shards
   if program.name == 'decode':
-    return 'a device decodes one clip: lower --config.video.height and --config.video.width.'
+    return 'a host decodes one clip: lower --config.video.height and --config.video.width.'
   if 'model' in config and not config.model.remat and program.name != 'sample':
     return 'set --config.model.remat=true, so that activations are made anew for the backward pass.'
   if 2 * held > needed:

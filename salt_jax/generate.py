@@ -6,10 +6,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 from jaxtyping import Array, PyTree, UInt8
 from ml_collections import ConfigDict
 
-from salt_jax import codec, stages, teacher
+from salt_jax import codec, hosts, stages, teacher
 from salt_jax.checks import MAX_STEPS
 from salt_jax.diffusion import multistep
 from salt_jax.errors import InputError
@@ -17,7 +18,6 @@ from salt_jax.recipe import Recipe
 from salt_jax.sharding import over_local_devices
 
 STEPS = 4  # of a student, by default
-_PATIENCE = 24 * 3600  # seconds that a process that is done waits for the others to leave
 
 
 class Generator(NamedTuple):
@@ -38,7 +38,9 @@ class Generator(NamedTuple):
   protocol: dict
 
 
-def drawer(rec: Recipe, run: Callable, vae_params: PyTree, given: tuple[Array, ...]) -> Callable:
+def drawer(
+  rec: Recipe, run: Callable, vae_params: PyTree, given: tuple[Array, ...], mesh: Mesh
+) -> Callable:
   """Sampling and decoding over the local devices, a clip a device decoded at once.
 
   Args:
@@ -46,12 +48,14 @@ def drawer(rec: Recipe, run: Callable, vae_params: PyTree, given: tuple[Array, .
     run: sampler of latents.
     vae_params: of the VAE.
     given: for I2V the fields of `precompute.given` of one clip `[1 ...]`, which all clips share.
+    mesh: of the local devices, that the parameters of `run` lie over.
   """
   devices, own = len(jax.local_devices()), [np.asarray(x) for x in given]
 
   def draw(ids, mask, index):
     batch = (ids, mask, index, *(np.broadcast_to(x, (len(ids), *x.shape[1:])) for x in own))
-    latents = np.asarray(run(*over_local_devices(batch)))
+    with jax.set_mesh(mesh):
+      latents = np.asarray(run(*over_local_devices(batch, mesh)))
     parts = [
       codec.decode(vae_params, over_local_devices(latents[at : at + devices]), rec.vae)
       for at in range(0, len(latents), devices)
@@ -110,9 +114,7 @@ def define_flags(samples: int) -> None:
   flags.DEFINE_integer(
     'seed', 0, 'Number of the first noise.', lower_bound=0, upper_bound=2**31 - 2**20
   )
-  flags.DEFINE_bool(
-    'multihost', False, 'Join the other hosts of a slice; each makes its share of the clips.'
-  )
+  hosts.define_flags('Join the other hosts of a slice; each makes its share of the clips.')
 
 
 def check(args: flags.FlagValues) -> None:
@@ -140,9 +142,3 @@ def check(args: flags.FlagValues) -> None:
     )
   if args.shift is not None and not 0 < args.shift < np.inf:
     raise InputError(f'--shift={args.shift} must be positive: 1 leaves the grid as it is.')
-
-
-def join(args: flags.FlagValues) -> None:
-  """With --multihost, joins the other processes; the first to be done may leave a day before the last."""
-  if args.multihost:
-    jax.distributed.initialize(shutdown_timeout_seconds=_PATIENCE)

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt8
 from ml_collections import ConfigDict
 
-from salt_jax import images, recipe, video, weights
+from salt_jax import images, places, recipe, video, weights
 from salt_jax.checks import FEW_STEP
 from salt_jax.errors import InputError
 from salt_jax.models import wan
@@ -24,14 +24,10 @@ def load(path: str, given: ConfigDict | None = None) -> tuple[ConfigDict, Recipe
   Raises:
     InputError: nothing there, damaged, or of a stage without a few-step student.
   """
-  if given is None and os.path.isdir(path):
+  if given is None and places.folder_of(path).is_dir():
     config = weights.config_of_run(path)
     rec = _student_recipe(config, path)
-    return (
-      config,
-      rec,
-      weights.averaged(path, {'generator': weights.shapes('dit', rec.model)})['generator'],
-    )
+    return config, rec, weights.load(path, 'dit', rec.model)
   config = weights.config_of(weights.resolve(path)) if given is None else given
   if path.startswith('assets:'):
     config.weights.update(weights.shipped(config.weights))
@@ -105,7 +101,7 @@ def load_teacher(
   """
   if given is not None:
     return _published(path, given)
-  folder = os.path.isdir(path)
+  folder = places.folder_of(path).is_dir()
   config = weights.config_of_run(path) if folder else weights.config_of(weights.resolve(path))
   if config.get('stage') != 'flow':
     raise InputError(
@@ -116,8 +112,9 @@ def load_teacher(
     config.weights.update(weights.shipped(config.weights))
   rec = recipe.build(config)
   if folder:
-    like = {'dit': weights.shapes('dit', rec.model), 'text': weights.shapes('umt5', rec.text)}
-    return config, rec, rec.model, weights.averaged(path, like)
+    networks = {'dit': rec.model, 'umt5': rec.text}
+    dit, text = (weights.load(path, network, cfg) for network, cfg in networks.items())
+    return config, rec, rec.model, {'dit': dit, 'text': text}
   if not path.startswith('assets:'):
     config.weights.text = _text_beside(path)
   networks = {'dit': weights.load(path, 'dit', rec.model)}

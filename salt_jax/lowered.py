@@ -152,27 +152,28 @@ def _sample(config: ConfigDict, rec: Recipe, mesh: Mesh) -> Program:
 
 
 def _decode(config: ConfigDict, rec: Recipe, mesh: Mesh) -> Program:
-  """A later part of a clip of each device, which is the larger of the two programs of `codec.decode`."""
+  """A later part of a clip on the devices of one host, the larger of the two programs of `codec.decode`."""
   frames, height, width, channels = latent_shape(config)
-  rows = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+  first = mesh.devices.flat[0].process_index
+  host = sorted((d for d in mesh.devices.flat if d.process_index == first), key=lambda d: d.id)
+  where = codec.split(1, height, width, host)
+  rows = where or NamedSharding(Mesh(np.array(host[:1]), ('clips',)), PartitionSpec('clips'))
   part = min(frames, codec.latents_at_once(height, width))
-  shape = (mesh.size, part, height, width, channels)
-  latents = _struct(jax.ShapeDtypeStruct(shape, np.float32), rows)
-  params = _struct(weights.shapes('vae', rec.vae), sharding.replicated(mesh))
-  first = functools.partial(vae.decode_chunk, cfg=rec.vae, first=True)
-  _, features = jax.eval_shape(lambda p, z: first(p, z, {}), params, latents)
-  inputs = (params, latents, _struct(features, rows))
-  return Program(
-    'decode',
-    lambda: codec.decode_part.lower(*inputs, cfg=rec.vae, first=False),
-    mesh.size,
-    mesh.size,
-    [],
-    1.0,
-    0,
-    0,
-    inputs,
+  latents = jax.ShapeDtypeStruct((1, part, height, width, channels), np.float32)
+  params = weights.shapes('vae', rec.vae)
+  begin = functools.partial(vae.decode_chunk, cfg=rec.vae, first=True)
+  _, features = jax.eval_shape(lambda p, z: begin(p, z, {}), params, latents)
+  inputs = (
+    _struct(params, sharding.replicated(rows.mesh)),
+    _struct(latents, rows),
+    _struct(features, rows),
   )
+
+  def lower():
+    with jax.sharding.use_abstract_mesh(rows.mesh.abstract_mesh):
+      return codec.decode_part.lower(*inputs, cfg=rec.vae, first=False, where=where)
+
+  return Program('decode', lower, 1, 1, [], 1.0, 0, 0, inputs)
 
 
 def resident(tree: PyTree) -> int:

@@ -10,7 +10,7 @@ import os
 import jax
 from absl import flags
 
-from salt_jax import cli, compiled, train
+from salt_jax import cli, compiled, hosts, train
 from salt_jax.errors import InputError
 
 
@@ -23,20 +23,20 @@ def define_flags() -> None:
     None,
     'Folder or bucket (gs://…) that keeps compiled programs; WORKDIR/compile_cache by default, "off" is none.',
   )
-  flags.DEFINE_bool('multihost', False, 'Join the other hosts of a slice before anything else.')
+  hosts.define_flags('Join the other hosts of a slice before anything else.')
 
 
 def program() -> None:
   args = flags.FLAGS
   if args.config is None:
     raise InputError('pass an experiment, such as --config=configs/selfforcing.py:nano.')
-  if args.multihost:
-    jax.distributed.initialize()
+  workdir = args.workdir or os.path.join('runs', args.config.name)
+  with hosts.joined(args):
     if jax.process_index():
       logging.getLogger('salt_jax').setLevel(logging.WARNING)
-  workdir = args.workdir or os.path.join('runs', args.config.name)
-  compiled.keep(args.compile_cache, workdir)
-  train.run(args.config, workdir, args.profile)
+    hosts.check_same(args.config, workdir)
+    compiled.keep(args.compile_cache, workdir)
+    train.run(args.config, workdir, args.profile)
 
 
 if __name__ == '__main__':

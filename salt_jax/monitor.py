@@ -60,7 +60,7 @@ def monitor(
   return {name: float(values.mean()) for name, values in found.items()}
 
 
-def watcher(config: ConfigDict, rec: Recipe, placed: jax.sharding.Sharding) -> Watcher:
+def watcher(config: ConfigDict, rec: Recipe, placed: jax.sharding.NamedSharding) -> Watcher:
   """Samples `log.samples` clips of the averaged student every `log.samples_every` steps and monitors them.
 
   Captions and noise are the same each time, and nothing of the training is touched. The program is its own, so the
@@ -85,7 +85,8 @@ def watcher(config: ConfigDict, rec: Recipe, placed: jax.sharding.Sharding) -> W
   def watch(ema, frozen, step):
     if step % every:
       return {}
-    videos = draw(ema['generator'], {'text': frozen['text']}, vae_params, batch)
+    with jax.set_mesh(placed.mesh):
+      videos = draw(ema['generator'], {'text': frozen['text']}, vae_params, batch)
     return {f'samples/{name}': x for name, x in monitor(np.asarray(videos), captions).items()}
 
   return watch

@@ -112,8 +112,9 @@ def smallest(
 def meshed(config: ConfigDict, slice_: Slice) -> ConfigDict:
   """The config with a mesh for a slice: a clip a device while the batch lasts, then a clip over several."""
   sized = ConfigDict(config.to_dict())
-  fsdp = math.gcd(slice_.devices, config.batch)
-  sized.mesh.update(data=1, fsdp=fsdp, context=slice_.devices // fsdp, tensor=1)
+  one = slice_.devices // slice_.count
+  fsdp = math.gcd(one, max(1, config.batch // slice_.count))
+  sized.mesh.update(data=slice_.count, fsdp=fsdp, context=one // fsdp, tensor=1)
   return sized
 
 

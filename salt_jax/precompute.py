@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from salt_jax import cli, codec, data, images, recipe, text_store, weights
+from salt_jax import cli, codec, data, images, recipe, sharding, text_store, weights
 from salt_jax.diffusion import flow, forcing, solvers
 from salt_jax.errors import InputError
 from salt_jax.models import clip, wan
@@ -203,6 +203,11 @@ def ode_pairs(
   fields = _fields(config, rec, trajectory=Field((keep + 1, *shape), 'float16'))
   sigmas = flow.few_step_sigmas(pairs.steps, rec.schedule.shift)
 
+  mesh = sharding.local_mesh(config.mesh)
+  teacher, frozen = sharding.put(
+    (weights.narrowed(teacher, rec.teacher.dtype), frozen), mesh, config
+  )
+
   @jax.jit
   def run(teacher, frozen, batch):
     texts = conditioning(frozen, batch, rec)
@@ -223,8 +228,10 @@ def ode_pairs(
     item = batches(number)
     record = common(item)
     given = {name: x for name, x in item.items() if name not in ('video', 'row')}
-    batch = over_local_devices(given | record | {'index': item['index'].astype(np.int32)})
-    return {'trajectory': np.asarray(run(teacher, frozen, batch))} | record
+    batch = given | record | {'index': item['index'].astype(np.int32)}
+    with jax.set_mesh(mesh):
+      trajectory = run(teacher, frozen, over_local_devices(batch, mesh))
+    return {'trajectory': np.asarray(trajectory)} | record
 
   facts = {'seed': config.seed, 'pairs': dict(pairs), 'shift': rec.schedule.shift}
   return fill(folder, fields, _shards(pairs.count, pairs.batch), facts, make)

@@ -22,21 +22,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 from ml_collections import ConfigDict
 
-from salt_jax import cli, generate, precompute, recipe, stages, video, weights
+from salt_jax import (
+  cli,
+  codec,
+  generate,
+  hosts,
+  precompute,
+  recipe,
+  sharding,
+  stages,
+  video,
+  weights,
+)
 from salt_jax import teacher as teacher_model
 from salt_jax.checks import MAX_STEPS
 from salt_jax.diffusion import flow, rollout, solvers, streaming
 from salt_jax.errors import InputError
 from salt_jax.generate import STEPS, Generator
 from salt_jax.loading import first_image, fitted, load, load_teacher
-from salt_jax.models import rope, vae, wan
+from salt_jax.models import rope, wan
 from salt_jax.models.prompt import Prompt
 from salt_jax.recipe import Recipe
-from salt_jax.sharding import on_local_devices
-from salt_jax.step import conditioning, to_bytes
+from salt_jax.step import conditioning
 
 log = logging.getLogger('salt_jax.sample')
 
@@ -139,19 +150,6 @@ def autoregressive(
   return with_steps
 
 
-@functools.partial(jax.jit, static_argnames=('cfg', 'first'))
-def show(
-  params: PyTree,
-  latents: Float[Array, 'b f h w c'],
-  features: PyTree,
-  cfg: vae.VAEConfig,
-  first: bool,
-) -> tuple[UInt8[Array, 'b t h w 3'], PyTree]:
-  """The next part of a video in uint8, and what the decoder carries on; arguments as `vae.decode_chunk`."""
-  pixels, features = vae.decode_chunk(params, latents, features, cfg, first)
-  return to_bytes(pixels), features
-
-
 class Switch(NamedTuple):
   """A prompt that takes over at the first chunk that starts at a latent frame or behind it.
 
@@ -186,8 +184,7 @@ def stream(
   encode = jax.jit(lambda f, b: _prompts(f, b, rec)[0])
   text = encode(frozen, tuple(batch))
   cache = rollout.empty_cache(chunking, len(index), streaming=True)
-  shape = chunking.latent
-  features = vae.init_decode_cache(rec.vae, len(index), shape[0], shape[1])
+  shape, features = chunking.latent, {}
 
   @jax.jit
   def generate(params, text, index, cache, start):
@@ -213,8 +210,8 @@ def stream(
     x0, cache = generate(params, text, index, cache, np.int32(start))
     if waiting:
       last = jnp.concatenate([last, x0], axis=1)[:, -(chunking.window or chunking.frames) :]
-    pixels, features = show(vae_params, x0, features, rec.vae, start == 0)
-    yield np.asarray(pixels)
+    pixels, features = codec.decode_next(vae_params, x0, features, rec.vae, start == 0)
+    yield pixels
 
 
 def lengthened(config: ConfigDict, rec: Recipe, frames: int | None) -> Recipe:
@@ -266,13 +263,16 @@ def _check_switches(frames: list[int], rec: Recipe) -> None:
       )
 
 
-def generator(args: flags.FlagValues, prompts: Sequence[str], seed: int | None = None) -> Generator:
+def generator(
+  args: flags.FlagValues, prompts: Sequence[str], seed: int | None = None, pictures: bool = True
+) -> Generator:
   """Loads what the flags name.
 
   Args:
     args: of `define_flags`.
     prompts: what will be asked for, to be refused before anything is compiled.
     seed: of the noise; by default the one that the network was trained with.
+    pictures: whether a network that continues a picture is of use.
 
   Raises:
     InputError: a checkpoint or an image that does not fit the sampler, or a prompt that cannot be read.
@@ -284,6 +284,10 @@ def generator(args: flags.FlagValues, prompts: Sequence[str], seed: int | None =
   else:
     config, rec, params = load(args.checkpoint, given)
     cfg, networks = rec.model, {'dit': params}
+  if cfg.frame_channels and not pictures:
+    raise InputError(
+      f'{args.checkpoint} continues a picture, and the prompts of --vbench come without: pass a text-to-video network.'
+    )
   image = first_image(args.image, config, rec)
   if image is not None:
     config, rec, first = fitted(config, rec, image)
@@ -296,8 +300,7 @@ def generator(args: flags.FlagValues, prompts: Sequence[str], seed: int | None =
   frozen |= {
     'text': weights.narrowed(networks.get('text', frozen.get('text')), rec.text.dtype)
   } | _negative(args, config, rec)
-  params = weights.narrowed(networks['dit'], cfg.dtype) if many else networks['dit']
-  params, frozen = on_local_devices((params, frozen))
+  mesh, params, frozen = _placed(config, cfg, networks['dit'], frozen)
   if many:
     chosen = teacher_model.settings(args, config)
     run = teacher_model.sampler(rec, cfg, frozen, recipe.latent_shape(config))(params, chosen)
@@ -306,8 +309,19 @@ def generator(args: flags.FlagValues, prompts: Sequence[str], seed: int | None =
     run = student(rec, frozen)(params, args.steps or STEPS)
     protocol = {'solver': 'student', 'steps': args.steps or STEPS}
   made = {'generator': params, 'text': frozen['text'], 'vae': frozen['vae']}
-  draw = generate.drawer(rec, run, frozen['vae'], given_image)
+  draw = generate.drawer(rec, run, frozen['vae'], given_image, mesh)
   return Generator(config, rec, made, draw, protocol)
+
+
+def _placed(
+  config: ConfigDict, cfg: wan.WanConfig, params: PyTree, frozen: dict
+) -> tuple[Mesh, PyTree, dict]:
+  """A mesh of this process's devices, and over it a DiT and what serves it, by the config's rules but the VAE whole."""
+  mesh = sharding.local_mesh(config.mesh)
+  rest = {name: x for name, x in frozen.items() if name != 'vae'}
+  split = sharding.put(rest | {'generator': weights.narrowed(params, cfg.dtype)}, mesh, config)
+  split['vae'] = jax.device_put(frozen['vae'], sharding.replicated(mesh))
+  return mesh, split.pop('generator'), split
 
 
 def _given(config: ConfigDict, rec: Recipe, first: Array, image: np.ndarray) -> tuple[Array, ...]:
@@ -372,10 +386,14 @@ def _check_stream(args) -> None:
 def program() -> None:
   args = flags.FLAGS
   _check(args)
-  generate.join(args)
   if args.stream:
     _stream(args)
     return
+  with hosts.joined(args):
+    _write(args)
+
+
+def _write(args: flags.FlagValues) -> None:
   made = generator(args, args.prompt)
   prompts = [prompt for prompt in args.prompt for _ in range(args.samples)]
   began = time.monotonic()
@@ -399,6 +417,7 @@ def _stream(args: flags.FlagValues) -> None:
   if image is not None:
     config, rec, first = fitted(config, rec, image)
   frozen = stages.serving(config, rec, 'text', 'vae')
+  mesh, params, frozen = _placed(config, rec.model, params, frozen)
   ids, mask = stages.tokenizer(config, rec)(list(args.prompt))
   switches = [
     Switch(frame, ids[i : i + 1], mask[i : i + 1], args.global_sink)
@@ -408,12 +427,13 @@ def _stream(args: flags.FlagValues) -> None:
   batch = ids[:count], mask[:count], args.seed + np.arange(count, dtype=np.int32)
   if image is not None:
     fields = _given(config, rec, first, image)
-    batch += tuple(jnp.repeat(x, count, axis=0) for x in fields)
+    batch += tuple(np.repeat(np.asarray(x), count, axis=0) for x in fields)
   began = time.monotonic()
   parts = []
-  for part in stream(rec, params, frozen, frozen['vae'], batch, args.steps or STEPS, switches):
-    parts.append(part)
-    log.info('%d frames after %.2f s', sum(p.shape[1] for p in parts), time.monotonic() - began)
+  with jax.set_mesh(mesh):
+    for part in stream(rec, params, frozen, frozen['vae'], batch, args.steps or STEPS, switches):
+      parts.append(part)
+      log.info('%d frames after %.2f s', sum(p.shape[1] for p in parts), time.monotonic() - began)
   for i, clip in enumerate(np.concatenate(parts, axis=1)):
     path = _path(args.output, i, count)
     video.write(path, clip, config.video.fps)

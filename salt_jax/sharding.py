@@ -8,6 +8,7 @@ A rule is one of
 and the first pattern found in an array's '/'-joined path decides.
 """
 
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from salt_jax.errors import InputError
@@ -22,6 +24,7 @@ from salt_jax.models.axes import AXES, BATCH
 
 # For each rule by name, the dimension from the end that `tensor` splits.
 _TENSOR = {'fsdp': None, 'columns': 1, 'rows': 2}
+_SLICE = 2**28  # bytes of an array of several hosts that are put together at once
 
 Rule = str | tuple[str | tuple[str, ...] | None, ...]
 
@@ -53,7 +56,32 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
     )
   sizes.update({axis: len(devices) // fixed for axis in free})
   shape = tuple(sizes[axis] for axis in AXES)
-  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  types = (AxisType.Auto,) * len(AXES)
+  if devices[0].platform != 'tpu':
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+  return Mesh(_wired(shape, devices, asked), AXES, axis_types=types)
+
+
+def _wired(shape: tuple[int, ...], devices: Sequence[jax.Device], asked: str) -> np.ndarray:
+  """TPUs as they are wired: neighbours along an axis are neighbours, and `data` goes over the slices.
+
+  Raises:
+    InputError: `data` cannot go over the slices.
+  """
+  slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  if shape[0] % slices:
+    raise InputError(
+      f'mesh {asked} cannot be laid over {slices} slices: make data a multiple of {slices}.'
+    )
+  inner, outer = (shape[0] // slices, *shape[1:]), (slices, 1, 1, 1)
+  make = functools.partial(mesh_utils.create_hybrid_device_mesh, inner, outer, devices)
+  if slices == 1:
+    make = functools.partial(mesh_utils.create_device_mesh, shape, devices)
+  try:
+    return make()
+  except NotImplementedError:
+    # A side of the slice is shared by two axes.
+    return make(allow_split_physical_axes=True)
 
 
 def shardings(
@@ -99,30 +127,99 @@ def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
   """Joins each process's rows into global arrays that are sharded over data and fsdp.
 
   Args:
-    batch: this process's examples, [rows, ...] for every key.
+    batch: this process's examples in the order of `rows_here`, [rows, ...] for every key.
     mesh: the mesh of `make_mesh`.
 
   Raises:
     InputError: the rows cannot be split evenly over data x fsdp.
   """
-  sharding = batch_sharding(mesh)
+  shards, here = _blocks(mesh)
+  return {name: _joined(name, np.asarray(rows), shards, here, mesh) for name, rows in batch.items()}
+
+
+def _joined(name: str, rows: np.ndarray, shards: int, here: list[int], mesh: Mesh) -> jax.Array:
+  if len(rows) % len(here):
+    raise InputError(
+      f"'{name}': a batch of {len(rows) * shards // len(here)} cannot be split over data x fsdp = "
+      f'{shards} shards; make the batch a multiple of {shards}.'
+    )
+  each = len(rows) // len(here)
+
+  def part(index):
+    at = here.index((index[0].start or 0) // each) * each
+    return rows[at : at + each]
+
+  shape = (each * shards, *rows.shape[1:])
+  return jax.make_array_from_callback(shape, batch_sharding(mesh), part)
+
+
+def _blocks(mesh: Mesh) -> tuple[int, list[int]]:
+  """Into how many blocks a batch's rows are split, and which of them this process's devices hold."""
   shards = math.prod(mesh.shape[axis] for axis in BATCH)
-  spans = sharding.addressable_devices_indices_map((shards,)).values()
-  held = len({span[0].start for span in spans})
-  for name, rows in batch.items():
-    if len(rows) % held:
-      raise InputError(
-        f"'{name}': a batch of {len(rows) * shards // held} cannot be split over data x fsdp = "
-        f'{shards} shards; make the batch a multiple of {shards}.'
-      )
-  return {
-    name: jax.make_array_from_process_local_data(sharding, np.asarray(rows))
-    for name, rows in batch.items()
-  }
+  spans = batch_sharding(mesh).addressable_devices_indices_map((shards,)).values()
+  return shards, sorted({span[0].start or 0 for span in spans})
 
 
-def over_local_devices(batch: Any) -> Any:
+def rows_here(batch: int, mesh: Mesh) -> tuple[int, ...]:
+  """Rows of a global batch that this process's devices hold, in order.
+
+  Processes hold the same rows where only `context` or `tensor` is between them, and a mesh that follows the wires of a
+  slice need not number its devices process after process.
+
+  Raises:
+    InputError: the batch cannot be split evenly.
+  """
+  shards, here = _blocks(mesh)
+  if batch % shards:
+    raise InputError(f'a batch of {batch} cannot be split over data x fsdp = {shards} shards.')
+  each = batch // shards
+  return tuple(row for block in here for row in range(block * each, (block + 1) * each))
+
+
+def to_host(tree: Any) -> Any:
+  """Whole arrays on every host, also of what is spread over several.
+
+  All processes take part. An array that no process holds whole comes slice after slice, so that a device never has to
+  hold it whole either.
+  """
+  return jax.tree.map(_whole, tree)
+
+
+def _whole(x: jax.Array) -> np.ndarray:
+  if x.is_fully_addressable or x.is_fully_replicated:
+    return np.asarray(x)
+  spec = (*x.sharding.spec, *(None,) * (x.ndim - len(x.sharding.spec)))
+  free = [(length, axis) for axis, length in enumerate(x.shape) if spec[axis] is None]
+  if not free or x.nbytes <= _SLICE:
+    return np.asarray(_replicated(x.sharding.mesh)(x))
+  length, axis = max(free)
+  # As many slices as it takes, of one length, so that there is one program.
+  size = max(1, length * _SLICE // x.nbytes)
+  while length % size:
+    size -= 1
+  take = _slices(x.sharding.mesh, axis, size)
+  return np.concatenate([np.asarray(take(x, np.int32(at))) for at in range(0, length, size)], axis)
+
+
+@functools.cache
+def _replicated(mesh: Mesh):
+  return jax.jit(lambda x: x, out_shardings=replicated(mesh))
+
+
+@functools.cache
+def _slices(mesh: Mesh, axis: int, size: int):
+  def take(x, start):
+    return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+
+  return jax.jit(take, out_shardings=replicated(mesh))
+
+
+def over_local_devices(batch: Any, mesh: Mesh | None = None) -> Any:
   """Splits the leading axis over this process's devices: for work that processes do each by itself.
+
+  Args:
+    batch: a tree of arrays `[rows ...]`.
+    mesh: of `local_mesh`, for a program that is split over it too.
 
   Raises:
     InputError: the rows cannot be split evenly.
@@ -133,12 +230,57 @@ def over_local_devices(batch: Any) -> Any:
     raise InputError(
       f'a batch of {rows} cannot be split over {len(devices)} local devices: make it a multiple.'
     )
-  return jax.device_put(batch, NamedSharding(_local_mesh(), PartitionSpec('rows')))
+  rows_over = NamedSharding(_local_mesh(), PartitionSpec('rows'))
+  return jax.device_put(batch, rows_over if mesh is None else batch_sharding(mesh))
 
 
 def on_local_devices(tree: Any) -> Any:
   """A copy on each of this process's devices, to go with `over_local_devices`."""
   return jax.device_put(tree, NamedSharding(_local_mesh(), PartitionSpec()))
+
+
+def local_mesh(axes: Mapping[str, int]) -> Mesh:
+  """This process's devices, over which parameters are split as a config splits them over all devices.
+
+  Whatever axis splits parameters there is `fsdp` here, as far as this process has devices for it; the rest is `data`,
+  and examples lie over both.
+
+  Args:
+    axes: sizes as for `make_mesh`.
+  """
+  devices = np.array(jax.local_devices())
+  sizes = [size for axis, size in axes.items() if axis != 'data']
+  parts = len(devices) if -1 in sizes else math.gcd(math.prod(sizes), len(devices))
+  return Mesh(devices.reshape(-1, parts, 1, 1), AXES)
+
+
+def put(tree: Any, mesh: Mesh, config: Any) -> Any:
+  """Host arrays over the devices of `local_mesh`, by the rules of a config."""
+  return jax.device_put(tree, shardings(tree, mesh, config.rules, config.shard_min_size))
+
+
+def over_space(
+  clips: int, rows: int, columns: int, devices: Sequence[jax.Device] | None = None
+) -> NamedSharding:
+  """Splits clips `[b t h w c]` over this process's devices along one side of a frame.
+
+  Args:
+    clips: how many there are; they are split over the devices that the side leaves, if they can be evenly.
+    rows, columns: of the coarsest resolution; the side that can be cut into more parts is split.
+    devices: others than this process's.
+  """
+  devices = np.array(jax.local_devices() if devices is None else devices)
+  down, across = _parts(rows, len(devices)), _parts(columns, len(devices))
+  mesh = Mesh(devices.reshape(-1, max(down, across)), ('clips', 'space'))
+  sides = (None, 'space') if across >= down else ('space', None)
+  shared = clips % mesh.shape['clips'] == 0
+  return NamedSharding(mesh, PartitionSpec('clips' if shared else None, None, *sides))
+
+
+def _parts(length: int, devices: int) -> int:
+  """Equal parts of two or more: XLA gets a convolution of 2 rows wrong where two devices hold one each."""
+  common = (parts for parts in range(2, devices + 1) if devices % parts == length % parts == 0)
+  return max((parts for parts in common if parts < length), default=1)
 
 
 def _local_mesh() -> Mesh:

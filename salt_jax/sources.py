@@ -6,11 +6,9 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
 from ml_collections import ConfigDict
 
-from salt_jax import checkpoint, convert, pickles, tensor_files
+from salt_jax import checkpoint, convert, pickles, places, run_weights, tensor_files
 from salt_jax.errors import InputError
 from salt_jax.tensor_files import Tensor
 
@@ -21,7 +19,7 @@ class Source(NamedTuple):
   """Opened weights.
 
   Attributes:
-    tensors: by their names in the source; not read yet, unless the source is a run.
+    tensors: by their names in the source, not read yet.
     files: what they lie in.
     entry: which part of a torch file or a run they are.
     others: what else the part's container holds.
@@ -52,7 +50,7 @@ def open_source(path: str, entry: str = '', network: str = 'dit', default: str =
   Raises:
     InputError: nothing there, damaged, not what its checksum says, or a part is to be named.
   """
-  if os.path.isdir(os.path.join(path, 'checkpoints')):
+  if places.is_run(path):
     return _open_run(path, entry, network)
   if os.path.isdir(path):
     path = _only_file(path)
@@ -156,21 +154,18 @@ def _tensors(value: Any) -> dict[str, Tensor]:
 
 
 def _open_run(path: str, entry: str, network: str) -> Source:
-  file = os.path.join(path, 'config.json')
+  file = places.folder_of(path) / 'config.json'
   try:
-    with open(file, encoding='utf-8') as stored:
-      config = ConfigDict(json.load(stored), convert_dict=True)
+    config = ConfigDict(json.loads(file.read_text()), convert_dict=True)
   except (OSError, ValueError) as error:
     raise InputError(f'{file} is not there or damaged; pass the workdir of a run.') from error
-  folder = os.path.join(path, 'checkpoints')
+  folder = places.home(path)
   known = checkpoint.entries(folder)
   averaged = [name for name in known if name.endswith('_ema')]
   if not entry and len(averaged) > 1:
     raise InputError(f'{path} holds {", ".join(known)}; name one with --entry.')
   entry = entry or averaged[0]
-  tree = checkpoint.restore_network(folder, entry)
-  arrays = convert.to_wan(jax.tree.map(np.asarray, tree), network)
-  tensors = {name: tensor_files.held(array) for name, array in arrays.items()}
+  tensors = convert.to_tensors(run_weights.load(folder, entry), network)
   verified = [entry] if entry.endswith('_ema') else []
   others = [name for name in known if name != entry]
   return Source(tensors, [path], entry, others, verified, config=config)

@@ -23,6 +23,7 @@ import ml_dtypes
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from salt_jax import hosts
 from salt_jax.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -215,12 +216,8 @@ def fill(folder: str, fields: dict, shards: int, facts: dict, make: Callable[[in
       writer.write(number, make(number))
       if done % 10 == 0 or done == len(todo):
         log.info('%s: %d of %d shards', folder, done, len(todo))
-    if jax.process_count() > 1:
-      from jax.experimental import multihost_utils
-
-      multihost_utils.sync_global_devices(folder)
-    if jax.process_index() == 0:
-      writer.finish()
+    hosts.wait(folder)
+    hosts.together(lambda: None if jax.process_index() else writer.finish())
   return folder
 
 

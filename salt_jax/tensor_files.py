@@ -153,6 +153,17 @@ def refuse_nonfinite(path: str, tensors: Mapping[str, np.ndarray]) -> None:
       pass
 
 
+def finite(path: str, name: str, tensor: Tensor) -> Tensor:
+  """A tensor that is refused when it is read, as by `refuse_nonfinite`."""
+
+  def read() -> np.ndarray:
+    array = tensor.read()
+    refuse_nonfinite(path, {name: array})
+    return array
+
+  return Tensor(tensor.shape, tensor.dtype, read)
+
+
 def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
   """The file's beginning, and the order in which the tensors follow it: wide dtypes first."""
   order = sorted(tensors, key=lambda name: (-_ORDER[tensors[name].dtype], name))

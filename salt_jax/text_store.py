@@ -14,7 +14,7 @@ from absl import flags
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from salt_jax import cli, data, recipe, tokens, weights
+from salt_jax import cli, data, hosts, recipe, tokens, weights
 from salt_jax.errors import InputError
 from salt_jax.models import text
 from salt_jax.recipe import Recipe
@@ -124,6 +124,7 @@ def define_flags() -> None:
   flags.DEFINE_string('prompts', None, 'File of prompts: lines of text, .jsonl or .csv.')
   flags.DEFINE_string('output', None, 'Folder of the store.')
   flags.DEFINE_integer('batch', 64, 'Prompts encoded at once, and in a shard.', lower_bound=1)
+  hosts.define_flags('Join the other hosts of a slice; each encodes its share of the shards.')
 
 
 def program() -> None:
@@ -134,5 +135,7 @@ def program() -> None:
   config = args.config
   rec = recipe.build(config)
   cli.check_folder('output', args.output)
-  store = Store(texts(config, rec, args.prompts, args.output, args.batch))
-  log.info('%d prompts are in %s', len(store), args.output)
+  with hosts.joined(args):
+    hosts.check_same(config, args.output)
+    store = Store(texts(config, rec, args.prompts, args.output, args.batch))
+    log.info('%d prompts are in %s', len(store), args.output)

@@ -2,21 +2,27 @@
 
 import collections
 import contextlib
+import errno
+import functools
 import logging
 import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from salt_jax import evaluate, flops, monitor, profiling, programs, sharding, stages, weights
+from salt_jax import evaluate, flops, hosts, monitor, profiling, programs, sharding, stages, weights
 from salt_jax import recipe as recipes
 from salt_jax import state as states
 from salt_jax.checkpoint import Checkpoints, check_config, config_digest, write_config
 from salt_jax.checks import check_mesh
 from salt_jax.data import Feed
-from salt_jax.errors import InputError
+from salt_jax.errors import InputError, Preempted
 from salt_jax.metrics import Writer, assert_finite, param_count, without_inactive
+from salt_jax.places import check_local
+from salt_jax.preemption import Notices
 from salt_jax.profiling import Profiler
 from salt_jax.progress import Progress
 
@@ -35,6 +41,16 @@ FREE = (
 )
 
 
+class _Call(NamedTuple):
+  """A step of an iteration: how often, its compiled function, its batches, and FLOPs of a batch at an iteration."""
+
+  name: str
+  every: int
+  run: Callable
+  batches: Iterator
+  cost: Callable[[int], float]
+
+
 def run(config: ConfigDict, workdir: str, profile: str | None = None) -> dict[str, int]:
   """Trains a stage to its last step, or goes on where a killed run of it stopped.
 
@@ -49,31 +65,40 @@ def run(config: ConfigDict, workdir: str, profile: str | None = None) -> dict[st
   Raises:
     InputError: for whatever in the config or the workdir cannot work.
     NonFiniteError: at the first loss that is not finite; nothing is saved from then on.
+    Preempted: the run was told to leave, and is saved.
   """
   rec = recipes.build(config)
   profiled = profiling.parse(profile, config.total_steps)
   mesh = sharding.make_mesh(config.mesh)
   check_mesh(config, mesh)
-  check_config(workdir, config, FREE)
+  hosts.together(lambda: check_local(workdir))
+  for folder in _folders(config, workdir):
+    hosts.together(functools.partial(check_config, folder, config, FREE))
+  hosts.check_shared(_folders(config, workdir)[-1])
+  with contextlib.closing(Notices()) as notices, hosts.holding(workdir):
+    try:
+      return _run(config, rec, mesh, workdir, (notices, profiled))
+    except OSError as error:
+      if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        raise
+      raise InputError(
+        f'nothing more can be written to {workdir} ({error.strerror}): make room there, and the same command goes on.'
+      ) from error
+
+
+def _folders(config: ConfigDict, workdir: str) -> tuple[str, ...]:
+  """Where the config is written: the workdir, and the folder of the checkpoints if it is another."""
+  return tuple(dict.fromkeys((workdir, config.checkpoint.folder or workdir)))
+
+
+def _run(config: ConfigDict, rec, mesh, workdir: str, outside: tuple) -> dict[str, int]:
+  notices, profiled = outside
   stage = stages.build(config, rec, workdir)
   evaluate.check(config, rec)
   watch = monitor.watcher(config, rec, sharding.replicated(mesh))
-
   shapes = states.shapes_of(stage.shapes, rec.optimizers, stage.averaged, stage.stream)
   like, placed = states.with_shardings(shapes, mesh, config)
-  checkpoints = Checkpoints(
-    os.path.join(workdir, 'checkpoints'), config.checkpoint.every, config.checkpoint.keep
-  )
-  if checkpoints.latest_step() == 0:
-    raise InputError(
-      f'{workdir} holds converted weights and no run: pass another --workdir, and '
-      f'--config.weights.NAME={workdir} to start from them.'
-    )
-  start = checkpoints.latest_step() or 0
-  if start > config.total_steps:
-    raise InputError(
-      f'{workdir} is at step {start}, beyond total_steps={config.total_steps}: pass another --workdir.'
-    )
+  checkpoints, start = _checkpoints(config, workdir)
   profiling.check_ahead(profiled, start)
   state = (
     _restore(checkpoints, start, like)
@@ -82,31 +107,26 @@ def run(config: ConfigDict, workdir: str, profile: str | None = None) -> dict[st
   )
   _, frozen_placed = states.with_shardings(stage.frozen, mesh, config)
   frozen = states.place(stage.frozen, frozen_placed)
-  log.info(
-    '%s: %s parameters in training, %s frozen, on %d %s; step %d of %d',
-    config.name,
-    f'{param_count(state.params):,}',
-    f'{param_count(frozen):,}',
-    mesh.size,
-    jax.devices()[0].platform,
-    start,
-    config.total_steps,
-  )
+  _announce(config, mesh, start, (state.params, frozen))
 
   traces = collections.Counter()
   layout = programs.Layout(placed, frozen_placed, mesh)
-  jitted = {spec.name: programs.step(spec, rec, layout, traces) for spec in stage.steps}
-  feeds = {spec.name: _feed(spec, config, start) for spec in stage.steps}
-  writer = Writer(workdir, start)
-  progress = Progress(config.total_steps, mesh.devices.flatten())
-  progress.announce(_costs(config, rec, start))
+  calls = _calls(config, rec, stage.steps, layout, (traces, start))
+  writer, progress = Writer(workdir, start), Progress(config.total_steps, mesh.devices.flatten())
+  progress.announce({call.name: call.cost(start) / config.batch for call in calls})
   profiler = Profiler(profiled, os.path.join(workdir, 'profile'))
-  spent = 0.0
-  digest, waiting = config_digest(config), None
+  waiting, spent, left = None, 0.0, None
 
   def flush():
     if waiting is not None:
       _log(waiting, config, checkpoints, writer, progress)
+
+  def save(step):
+    items = {'state': state.replace(ema={}), 'ema': state.ema}
+    for folder in _folders(config, workdir):
+      write_config(folder, config)
+    extra = {'data_step': step, 'config': config_digest(config)}
+    checkpoints.save(step, items, extra, force=True)
 
   # Whatever stops the loop, a save in progress is waited for.
   with (
@@ -115,30 +135,31 @@ def run(config: ConfigDict, workdir: str, profile: str | None = None) -> dict[st
     contextlib.closing(profiler),
   ):
     for n in range(start, config.total_steps):
-      scalars, costs = {}, _costs(config, rec, n)
+      if notices.due(n):
+        left = n
+        break
       profiler.before(n + 1, state)
-      with jax.profiler.StepTraceAnnotation('train', step_num=n + 1):
-        for spec in stage.steps:
-          if n % spec.every == 0:
-            # All that goes to the devices goes there here.
-            batch = _to_devices(next(feeds[spec.name]), mesh)
-            at = states.place(np.int32(n), sharding.replicated(mesh))
-            with _guarded(spec.name, traces, progress):
-              state, metrics = jitted[spec.name](state, frozen, batch, at)
-            scalars |= {f'{spec.name}/{k}': v for k, v in metrics.items()}
-            spent += config.batch * costs.get(spec.name, 0.0)
+      guard = functools.partial(_guarded, traces=traces, progress=progress)
+      state, scalars = _iterate(n, state, frozen, calls, (mesh, guard))
+      spent += sum(call.cost(n) for call in calls if n % call.every == 0)
       if profiler.after(n + 1, state):
         progress.restart(n + 1, spent)
       scalars |= watch(state.ema, frozen, n + 1)
       # The scalars of the step before are read only now, so the host never holds up the device.
       flush()
-      waiting = (n + 1, scalars, spent)
+      waiting, notices.saving = (n + 1, scalars, spent), True
       if (n + 1) % config.checkpoint.every == 0 or n + 1 == config.total_steps:
         flush()
         waiting = None
-        items = {'state': state.replace(ema={}), 'ema': state.ema}
-        write_config(workdir, config)
-        checkpoints.save(n + 1, items, {'data_step': n + 1, 'config': digest}, force=True)
+        save(n + 1)
+    if left is not None and left > start:
+      flush()
+      save(left)
+  notices.saving = False
+  if left is not None:
+    raise Preempted(
+      f'told to leave and saved step {left} of {config.total_steps}; the same command goes on from there.'
+    )
   for name, count in traces.items():
     if count > 1:
       log.warning('%s_step was compiled %d times.', name, count)
@@ -146,9 +167,73 @@ def run(config: ConfigDict, workdir: str, profile: str | None = None) -> dict[st
   return dict(traces)
 
 
+def _checkpoints(config: ConfigDict, workdir: str) -> tuple[Checkpoints, int]:
+  """The run's checkpoints, and the step of the newest."""
+  root = _folders(config, workdir)[-1]
+  folder = os.path.join(root, 'checkpoints')
+  checkpoints = Checkpoints(folder, config.checkpoint.every, config.checkpoint.keep)
+  if checkpoints.latest_step() == 0:
+    raise InputError(
+      f'{workdir} holds converted weights and no run: pass another --workdir, and '
+      f'--config.weights.NAME={workdir} to start from them.'
+    )
+  start = checkpoints.latest_step() or 0
+  hosts.check_agreed(f'the newest checkpoint in {workdir}', start)
+  if start > config.total_steps:
+    raise InputError(
+      f'{workdir} is at step {start}, beyond total_steps={config.total_steps}: pass another --workdir.'
+    )
+  return checkpoints, start
+
+
 def _restore(checkpoints: Checkpoints, step: int, like) -> states.TrainState:
   got = checkpoints.restore(step, {'state': like.replace(ema={}), 'ema': like.ema})
   return got['state'].replace(ema=got['ema'])
+
+
+def _announce(config: ConfigDict, mesh, start: int, networks: tuple) -> None:
+  log.info(
+    '%s: %s parameters in training, %s frozen, on %d %s; step %d of %d',
+    config.name,
+    *(f'{param_count(params):,}' for params in networks),
+    mesh.size,
+    jax.devices()[0].platform,
+    start,
+    config.total_steps,
+  )
+
+
+def _calls(config: ConfigDict, rec, specs: Sequence[stages.StepSpec], layout, at: tuple):
+  traces, start = at
+
+  def cost(name: str, n: int) -> float:
+    return config.batch * sum(part.flops for part in flops.of_steps(config, rec, n).get(name, ()))
+
+  return [
+    _Call(
+      spec.name,
+      spec.every,
+      programs.step(spec, rec, layout, traces),
+      _feed(spec, config, start, layout.mesh),
+      functools.partial(cost, spec.name),
+    )
+    for spec in specs
+  ]
+
+
+def _iterate(n: int, state, frozen, calls: Sequence[_Call], around: tuple) -> tuple:
+  """All steps that iteration n has: (state, scalars by step and name)."""
+  (mesh, guard), scalars = around, {}
+  with jax.profiler.StepTraceAnnotation('train', step_num=n + 1):
+    for call in calls:
+      if n % call.every == 0:
+        # All that goes to the devices goes there here.
+        batch = _to_devices(next(call.batches), mesh)
+        at = states.place(np.int32(n), sharding.replicated(mesh))
+        with guard(call.name):
+          state, metrics = call.run(state, frozen, batch, at)
+        scalars |= {f'{call.name}/{k}': v for k, v in metrics.items()}
+  return state, scalars
 
 
 @contextlib.contextmanager
@@ -159,17 +244,11 @@ def _guarded(name: str, traces: collections.Counter, progress: Progress):
     yield
 
 
-def _costs(config: ConfigDict, rec, n: int) -> dict[str, float]:
-  """FLOPs of each step for one example, at iteration n."""
-  parts = flops.of_steps(config, rec, n)
-  return {name: sum(part.flops for part in found) for name, found in parts.items()}
-
-
-def _feed(spec: stages.StepSpec, config: ConfigDict, start: int):
+def _feed(spec: stages.StepSpec, config: ConfigDict, start: int, mesh):
   done = -(-start // spec.every)  # calls of this step before `start`
   seed = config.seed + list('gcvd').index(spec.name[0])
-  feed = Feed(config.batch, seed, done, jax.process_index(), jax.process_count(), config.workers)
-  return spec.feed(feed)
+  rows = sharding.rows_here(config.batch, mesh)
+  return spec.feed(Feed(config.batch, seed, done, rows, config.workers))
 
 
 def _to_devices(batch: dict, mesh) -> dict:
@@ -194,7 +273,7 @@ def _log(waiting, config, checkpoints, writer, progress) -> None:
 
 def _finish(config: ConfigDict, rec, state: states.TrainState, workdir: str) -> None:
   """Exports the averaged networks and reports on them; all processes take part, the first writes."""
-  networks = jax.tree.map(np.asarray, jax.device_get(state.ema))
+  networks = sharding.to_host(state.ema)
   networks = evaluate.finished(config, rec, networks)
   if jax.process_index() == 0:
     for name, params in networks.items():

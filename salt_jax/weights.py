@@ -11,11 +11,13 @@ import numpy as np
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from salt_jax import checkpoint, convert, tensor_files
+from salt_jax import checkpoint, convert, places, run_weights, tensor_files
 from salt_jax.errors import InputError
 from salt_jax.models import clip, text, unigram, vae, wan
 
 NETWORKS = {'vae': 'vae', 'text': 'umt5', 'clip': 'clip'}  # everything else is a DiT
+# Modules of a DiT that compute in float32 (wan.md 1.10).
+_FLOAT32 = {'time_embedding_0', 'time_embedding_2', 'time_projection_1', 'head'}
 # What a run calls the averaged network of a kind.
 _AVERAGED = {'vae': ('vae_ema',), 'umt5': ('text_ema',), 'dit': ('generator_ema', 'dit_ema')}
 
@@ -57,7 +59,7 @@ def require(config: ConfigDict, names: Sequence[str]) -> None:
 
 
 def _is_there(path: str) -> bool:
-  return os.path.isfile(path) or os.path.isdir(os.path.join(path, 'checkpoints'))
+  return os.path.isfile(path) or places.is_run(path)
 
 
 def shapes(network: str, cfg) -> PyTree:
@@ -78,26 +80,31 @@ def load(path: str, network: str, cfg) -> PyTree:
     InputError: a missing, damaged or other-sized file.
   """
   path, like = resolve(path), shapes(network, cfg)
-  if not os.path.isdir(path):
+  if not places.folder_of(path).is_dir():
     return convert.load_params(path, network, like)
-  folder = os.path.join(path, 'checkpoints')
+  folder = places.home(path)
   found = checkpoint.entries(folder)
   entry = next((name for name in _AVERAGED[network] if name in found), None)
   if entry is None:
     raise InputError(f'{path} is a run without an averaged {network}; it has {", ".join(found)}.')
-  params = jax.tree.map(np.asarray, checkpoint.restore_network(folder, entry))
+  tree = run_weights.load(folder, entry)
   try:
-    convert.check(params, like)
+    convert.check(tree, like)
   except InputError as error:
-    raise InputError(f'{path}: {error}') from error
-  return params
+    raise InputError(f'{path}: {error} Pass the config it was trained with.') from error
+  return convert.read(tree, np.float32)
 
 
 def narrowed(params: PyTree, dtype: str) -> PyTree:
-  """Kernels of a frozen network in its compute dtype; norms, biases and modulation stay float32."""
+  """Kernels of a network that only serves in its compute dtype, as it would round them itself.
+
+  Norms, biases, modulation, and the kernels that a DiT computes with in float32, stay as they are.
+  """
 
   def one(path, x):
-    return x.astype(dtype) if path[-1].key in ('kernel', 'embedding') else x
+    names = [key.key for key in path]
+    kept = _FLOAT32.intersection(names) or names[-1] not in ('kernel', 'embedding')
+    return x if kept else x.astype(dtype)
 
   return jax.tree_util.tree_map_with_path(one, params)
 
@@ -140,25 +147,12 @@ def config_of_run(path: str) -> ConfigDict:
   Raises:
     InputError: if there is none, or it is damaged.
   """
-  file = os.path.join(path, 'config.json')
-  if not os.path.isfile(file):
+  file = places.folder_of(path) / 'config.json'
+  if not file.exists():
     raise InputError(
       f'{path} has no config.json: pass the workdir of a run that has saved a checkpoint.'
     )
-  with open(file, encoding='utf-8') as f:
-    text = f.read()
   try:
-    return ConfigDict(json.loads(text), convert_dict=True)
+    return ConfigDict(json.loads(file.read_text()), convert_dict=True)
   except ValueError as error:
     raise InputError(f'{file} is damaged ({error}): pass a file that the run exported.') from error
-
-
-def averaged(workdir: str, shapes: PyTree) -> PyTree:
-  """The averaged networks of a run's newest checkpoint, on one device of this process.
-
-  Raises:
-    InputError: no finished checkpoint, of another size, or damaged.
-  """
-  home = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home), shapes)
-  return checkpoint.restore_ema(os.path.join(workdir, 'checkpoints'), like)

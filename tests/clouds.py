@@ -13,13 +13,18 @@ STANDIN = ROOT / 'tests' / 'standin'
 ADDRESS = 'https://example.org/lab/salt_jax.git'
 NASTY = [
   '--config=configs/selfforcing.py:nano,method=dmd',
-  '--workdir=gs://bucket/run one',
+  '--workdir=/mnt/run one',
+  '--config.checkpoint.folder=gs://bucket/run one',
   '--config.data.prompt=a red "sneaker" moves left; rm -rf $HOME `id` \\ it\'s  two  blanks',
   '--config.negative=低质量 (ugly) * ? ~ ! # & | < >\nsecond line\ttab ',
   '--config.a=',
   '--config.b=$(touch hacked) %USER% {1,2} [x] \'\' ""',
 ]
-FLAGS = ['--config=configs/selfforcing.py:nano', '--workdir=gs://bucket/run']
+FLAGS = [
+  '--config=configs/selfforcing.py:nano',
+  '--workdir=/mnt/run',
+  '--config.checkpoint.folder=gs://bucket/run',
+]
 
 
 def wrapper(path, script):

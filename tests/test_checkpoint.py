@@ -173,8 +173,8 @@ def test_missing_things_are_named(tmp_path, two_steps):
     checkpoint.restore_ema(tmp_path, like)
   with pytest.raises(InputError, match=r'no checkpoint of step 5, only of \[4, 9\]'):
     checkpoint.restore_ema(two_steps, like, step=5)
-  with pytest.raises(InputError, match='mount the bucket'):
-    checkpoint.Checkpoints('gs://bucket/run')
+  with pytest.raises(InputError, match='neither a folder nor a bucket'):
+    checkpoint.Checkpoints('http://bucket/run')
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int32', 'uint8', 'int8', 'bool'])

@@ -1,6 +1,10 @@
 """Videos in parts are whole videos, and a part at a real size is small."""
 
+import dataclasses
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +16,25 @@ from salt_jax.diffusion.conditioning import known_video
 from salt_jax.errors import InputError
 from salt_jax.models import vae
 from salt_jax.step import to_bytes, to_unit
-from tests.test_vae import EXACT, TINY, encode, normal, tiny_params
+from tests.test_vae import EXACT, TINY, encode, normal, perturbed, tiny_params
 
 LATENTS = normal(1, 2, 7, 3, 2, 16)
+# One halving: quick to compile on several devices, and every kind of layer is there.
+SHALLOW = dataclasses.replace(TINY, dim_mult=(1, 2), temporal_downsample=(True,))
+# Of four devices all split the columns; or two split the rows, and the others have another clip.
+SIZES = ((3, 8), (6, 3))
 VIDEO = np.random.default_rng(0).integers(0, 256, (2, 25, 24, 16, 3)).astype(np.uint8)
+
+
+def clips(rows, columns):
+  """Latents of 2 x 2 frames, and a video of 2 x 3."""
+  video = np.random.default_rng(columns).integers(0, 256, (2, 3, 2 * rows, 2 * columns, 3))
+  return normal(rows, 2, 2, rows, columns, 16), video.astype(np.uint8)
+
+
+@functools.cache
+def shallow_params():
+  return perturbed(vae.param_shapes(SHALLOW))
 
 
 @functools.cache
@@ -43,6 +62,26 @@ def test_a_first_frame_before_grey_is_its_known_video(part):
   got = codec.encode_known(tiny_params(), VIDEO[:, :1], 25, TINY, part)
   known = known_video(to_unit(VIDEO[:, :1]), 25)
   np.testing.assert_allclose(got, encode(tiny_params(), known, TINY), **EXACT)
+
+
+@pytest.fixture(scope='module')
+def split(tmp_path_factory):
+  output = tmp_path_factory.mktemp('split') / 'found.npz'
+  flags = '--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0'
+  command = [sys.executable, '-m', 'tests.split_codec', str(output)]
+  subprocess.run(command, env=os.environ | {'XLA_FLAGS': flags}, check=True, timeout=300)
+  return np.load(output)
+
+
+@pytest.mark.parametrize('rows, columns', SIZES)
+def test_frames_split_over_devices_are_whole_frames(split, rows, columns):
+  """A halo that is not fetched, or an attention within a part, changes whole columns by tens of levels."""
+  (latents, video), params = clips(rows, columns), shallow_params()
+  got, want = split[f'decoded_{rows}_{columns}'], codec.decode(params, latents, SHALLOW)
+  gap = np.abs(got.astype(int) - want)
+  assert got.std() > 5 and gap.max() <= 1 and (gap > 0).mean() < 1e-2
+  want = codec.encode(params, video, SHALLOW)
+  np.testing.assert_allclose(split[f'encoded_{rows}_{columns}'], want, **EXACT)
 
 
 def test_frames_that_make_no_latents_are_refused():

@@ -195,9 +195,12 @@ def test_results_are_fetched(cloud, tmp_path):
   cloud.pod()
   cloud('run', 'pod', '--', *FLAGS)
   (cloud.state / 'buckets/bucket/run').mkdir(parents=True)
-  (cloud.state / 'buckets/bucket/run/report.md').write_text('report')
+  (cloud.state / 'buckets/bucket/run/step').write_text('7')
+  (cloud.home() / 'mnt/run').mkdir(parents=True)
+  (cloud.home() / 'mnt/run/report.md').write_text('report')
   cloud('fetch', 'pod', f'--to={tmp_path / "results of today"}')
   assert (tmp_path / 'results of today/workdir/report.md').read_text() == 'report'
+  assert (tmp_path / 'results of today/bucket/step').read_text() == '7'
   for worker in (0, 1):
     assert (
       f'started 1.pod.{worker}' in (tmp_path / f'results of today/pod.{worker}.log').read_text()

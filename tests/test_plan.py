@@ -158,6 +158,24 @@ def test_an_unknown_generation_is_told_those_there_are():
     slices.every('v7')
 
 
+@pytest.mark.parametrize(
+  'name, data, fsdp, context', [('v6e-128', 1, 64, 2), ('v6e-256', 1, 64, 4), ('2xv5p-16', 2, 4, 2)]
+)
+def test_a_mesh_has_every_device_once_and_data_over_the_slices(name, data, fsdp, context):
+  devices = slices.devices(slices.parse(name))
+  mesh = sharding.make_mesh(dict(data=data, fsdp=fsdp, context=context, tensor=1), devices)
+  assert mesh.devices.shape == (data, fsdp, context, 1)
+  assert set(mesh.devices.flat) == set(devices)
+  for i, row in enumerate(mesh.devices):
+    assert {getattr(d, 'slice_index', 0) for d in row.flat} == {i}
+
+
+def test_slices_that_data_does_not_go_over_are_refused():
+  devices = slices.devices(slices.parse('2xv5p-8'))
+  with pytest.raises(InputError, match='cannot be laid over 2 slices: make data a multiple of 2.'):
+    sharding.make_mesh(ONE | {'fsdp': -1}, devices)
+
+
 # Collectives.
 
 

@@ -6,10 +6,11 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
-from salt_jax import codec, recipe, sample, stages, video
+from salt_jax import codec, generate, recipe, sample, stages, teacher, video
 from salt_jax import weights as files
 from salt_jax.diffusion import rollout, streaming
 from salt_jax.errors import InputError
@@ -45,6 +46,48 @@ def test_a_stream_equals_the_whole_clip(world, window):
   # float32 rounding may tip a pixel over to the next of 256 levels.
   assert np.abs(streamed.astype(int) - whole).max() <= 1
   assert whole.std() > 5, 'the clip is blank'
+
+
+def drawn(config, networks, frozen):
+  """Clips 0, 1 and 7 of a teacher in two steps, and the share of its parameters on the first device."""
+  rec = recipe.build(config)
+  mesh, params, placed = sample._placed(config, rec.teacher, networks, frozen)
+  chosen = teacher.Settings('euler', 2, 5.0, 3.0)
+  shape = recipe.latent_shape(config)
+  run = teacher.sampler(rec, rec.teacher, placed, shape)(params, chosen)
+  draw = generate.drawer(rec, run, placed['vae'], (), mesh)
+  made = generate.Generator(config, rec, {}, draw, {})
+  clips = dict(generate.clips(made, [(0, PROMPTS[0]), (1, PROMPTS[1]), (7, PROMPTS[0])], 1))
+  assert list(clips) == [0, 1, 7]
+  leaves = jax.tree.leaves((params, placed['text']))
+  first = sum(x.addressable_shards[0].data.nbytes for x in leaves)
+  return np.stack(list(clips.values())), first / sum(x.nbytes for x in leaves)
+
+
+def test_parameters_split_over_devices_make_the_same_clips(world, tmp_path):
+  """Of four devices, more than clips, each holds a quarter of all bytes; here one holds all."""
+  config, _, frozen, *_ = world
+  code = f"""if True:
+    import numpy as np
+    from salt_jax import recipe, stages
+    from tests import test_sample, tiny_config
+    config = tiny_config.get_config({os.path.dirname(config.weights.student)!r})
+    config.mesh.update(data=1, fsdp=-1)
+    config.update(rules=(('.*', 'fsdp'),), shard_min_size=16)
+    frozen = stages.serving(config, recipe.build(config), 'text', 'vae', 'teacher')
+    clips, share = test_sample.drawn(config, frozen.pop('teacher'), frozen)
+    np.savez({str(tmp_path / 'found.npz')!r}, clips=clips, share=share)
+  """
+  flags = '--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0'
+  env = os.environ | {'XLA_FLAGS': flags}
+  subprocess.run([sys.executable, '-c', code], env=env, check=True, timeout=300)
+  found = np.load(tmp_path / 'found.npz')
+  rest = {name: x for name, x in frozen.items() if name != 'teacher'}
+  clips, share = drawn(config, frozen['teacher'], rest)
+  assert share == 1 and found['share'] < 0.3
+  # float32 rounding may tip a pixel over to the next of 256 levels.
+  assert np.abs(found['clips'].astype(int) - clips).max() <= 1
+  assert clips.std() > 5 and np.abs(clips[0].astype(int) - clips[2]).max() > 5
 
 
 @pytest.fixture(scope='module')

@@ -2,11 +2,8 @@
 
 import logging
 import os
-import pathlib
 import shutil
-import subprocess
 import sys
-import textwrap
 import types
 
 import diffusers
@@ -24,9 +21,8 @@ from salt_jax.diffusion import flow
 from salt_jax.errors import InputError
 from salt_jax.models import wan
 from salt_jax.step import conditioning
-from tests import tiny_config
+from tests import processes, tiny_config
 
-ROOT = pathlib.Path(__file__).parents[1]
 PROMPTS = ['a red sneaker moves left', 'a blue bag moves up']
 
 
@@ -210,19 +206,6 @@ def test_shares_are_disjoint_and_complete(monkeypatch):
   assert sorted(sum(parts, [])) == list(range(8)) and max(map(len, parts)) == 3
 
 
-PROCESS = """
-import functools, sys
-import jax
-from salt_jax import cli, generate, sample
-port, number, *words = sys.argv[1:]
-generate.jax.distributed.initialize = functools.partial(
-  jax.distributed.initialize, f'localhost:{port}', 2, int(number)
-)
-sys.argv = ['sample', *words]
-cli.run(sample.program, sample.define_flags)
-"""
-
-
 def test_two_processes_write_their_shares_and_no_more(world, clips, tmp_path):
   out = tmp_path / 'out.webp'
   words = [
@@ -233,20 +216,10 @@ def test_two_processes_write_their_shares_and_no_more(world, clips, tmp_path):
     f'--prompt={PROMPTS[0]}',
     f'--prompt={PROMPTS[1]}',
     f'--output={out}',
-    '--multihost',
   ]
-  port = str(20000 + os.getpid() % 20000)
-  both = [
-    subprocess.Popen(
-      [sys.executable, '-c', textwrap.dedent(PROCESS), port, str(number), *words],
-      cwd=ROOT,
-      text=True,
-      stderr=subprocess.PIPE,
-    )
-    for number in range(2)
-  ]
-  logs = [process.communicate(timeout=300)[1] for process in both]
-  assert [process.returncode for process in both] == [0, 0], logs[0][-2000:] + logs[1][-2000:]
+  both = processes.start(2, ['-m', 'salt_jax.sample', *words], tmp_path / 'logs')
+  codes, logs = processes.ended(both, tmp_path / 'logs', limit=300)
+  assert codes == [0, 0], logs[0][-2000:] + logs[1][-2000:]
   for number, text in enumerate(logs):
     wrote = [line.split('wrote ')[1].split()[0] for line in text.splitlines() if 'wrote' in line]
     assert wrote == [str(tmp_path / f'out-{n}.webp') for n in (number, number + 2)]

@@ -344,5 +344,9 @@ def test_features_are_the_tap_of_the_whole_network_and_run_nothing_behind_it():
     assert not np.asarray(g[layer + 1 :]).any() and np.asarray(g[: layer + 1]).any()
   assert not any(np.asarray(g).any() for g in jax.tree.leaves(grads['head']))
   # Its loop is as long as the tap is deep.
-  (loop,) = (e for e in jax.make_jaxpr(run)(params).jaxpr.eqns[0].params['jaxpr'].eqns if e.primitive.name == 'scan')
+  (loop,) = (
+    e
+    for e in jax.make_jaxpr(run)(params).jaxpr.eqns[0].params['jaxpr'].eqns
+    if e.primitive.name == 'scan'
+  )
   assert loop.params['length'] == layer + 1

@@ -2,6 +2,7 @@
 
 python -m salt_jax.main --config=tests/tiny_config.py:FOLDER
 python -m salt_jax.main --config=tests/tiny_config.py:FOLDER,streaming
+python -m salt_jax.main --config=tests/tiny_config.py:FOLDER,sharded
 """
 
 import os
@@ -41,6 +42,8 @@ def get_config(folder):
   folder, _, kind = folder.partition(',')
   if kind == 'streaming':
     return get_streaming(folder)
+  if kind == 'sharded':
+    return get_sharded(folder)
   config = shrink(selfforcing.get_config('nano'), folder)
   config.total_steps = 6
   config.generator_every = 2
@@ -65,6 +68,16 @@ def get_streaming(folder):
   config.rollout.update(window=5, sink=1)
   config.streaming.update(frames=15, new=3)
   config.update(total_steps=6, generator_every=2)
+  config.checkpoint.update(every=2, keep=4)
+  return config
+
+
+def get_sharded(folder):
+  """DMD alone, which compiles fastest, with every array split over all devices; a checkpoint every other step."""
+  config = shrink(selfforcing.get_config('nano,method=dmd'), folder)
+  config.update(total_steps=6, generator_every=2, rules=(('.*', 'fsdp'),), shard_min_size=1)
+  config.mesh.update(data=1, fsdp=-1)
+  config.optim.generator.lr = 2e-4
   config.checkpoint.update(every=2, keep=4)
   return config
 

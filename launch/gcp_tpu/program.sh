@@ -61,19 +61,24 @@ pack_code() {
 
 # Flags, as a worker's `start` takes them: the environment, --, the program's flags.
 compose() {
-  local word config='' workdir='' multihost=--multihost
+  local word config='' workdir='' bucket='' multihost=--multihost
   for word in "${flags[@]}"; do
     case $word in
       --config=*) config=yes ;;
       --workdir=*) workdir=${word#*=} ;;
+      --config.checkpoint.folder=*) bucket=${word#*=} ;;
       --multihost | --multihost=* | --nomultihost) multihost='' ;;
     esac
   done
-  [[ -n $config ]] || die 'say what to run: run NAME -- --config=configs/selfforcing.py:1.3b --workdir=gs://BUCKET/DIR' 2
+  [[ -n $config ]] || die 'say what to run: run NAME -- --config=configs/selfforcing.py:1.3b --workdir=/tmp/run --config.checkpoint.folder=gs://BUCKET/DIR' 2
   case $workdir in
+    /?*) ;;
+    *) die 'give --workdir=/DIR, an absolute path on the workers; checkpoints may go to a bucket (--config.checkpoint.folder).' 2 ;;
+  esac
+  case $bucket in
     gs://?*) ;;
-    /*) say "$workdir is taken for a disk that all workers share and that outlives the slice." ;;
-    *) die 'give --workdir=gs://BUCKET/DIR (or an absolute path on a shared disk): what lies on a worker is lost with the slice.' 2 ;;
+    '') say "$workdir is taken for a disk that all workers share and that outlives the slice: else give --config.checkpoint.folder." ;;
+    *) die "--config.checkpoint.folder=$bucket must be gs://BUCKET/DIR: what lies on a worker is lost with the slice." 2 ;;
   esac
   flags=("${environment[@]}" -- "${flags[@]}")
   [[ -z $multihost ]] || flags+=("$multihost")

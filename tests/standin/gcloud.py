@@ -327,7 +327,7 @@ def scp(names, flags, world):
     if ':' in target:
       shutil.copy(source, home / target.split(':')[1])
     elif 'recurse' in flags:
-      shutil.copytree(home / source.split(':')[1], target)
+      shutil.copytree(home / source.split(':')[1].lstrip('/'), target)
     else:
       shutil.copy(home / source.split(':')[1], target)
 

@@ -1,0 +1,337 @@
+"""Several hosts on one machine: as one, lost ones, SIGTERM, and what is refused on all of them."""
+
+import http.server
+import json
+import os
+import pathlib
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from salt_jax import hosts
+from salt_jax.errors import InputError
+from tests import bucket, processes, soak, tiny_config
+
+STEPS = 4
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+  return tiny_config.write_weights(str(tmp_path_factory.mktemp('weights')))
+
+
+def _command(weights, workdir, *words, steps=STEPS):
+  config = f'--config=tests/tiny_config.py:{weights},sharded'
+  total = f'--config.total_steps={steps}'
+  return ['-m', 'salt_jax.main', config, f'--workdir={workdir}', total, *words]
+
+
+def _run(count, command, folder, devices=1, codes=0, **changes):
+  group = processes.start(count, command, folder, devices, **changes)
+  found, logs = processes.ended(group, folder)
+  assert found == [codes] * count, [log[-3000:] for log in logs]
+  return logs
+
+
+def _fingerprints(workdir, step):
+  info = next(pathlib.Path(workdir, 'checkpoints', str(step), 'info').rglob('metadata'))
+  return json.loads(info.read_text())['fingerprints']
+
+
+def _metrics(workdir):
+  lines = pathlib.Path(workdir, 'metrics.jsonl').read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def _export(workdir):
+  (file,) = pathlib.Path(workdir, 'export').glob('*.safetensors')
+  return file
+
+
+def _assert_same_run(one, other, step=STEPS):
+  assert _fingerprints(one, step) == _fingerprints(other, step)
+  assert _metrics(one) == _metrics(other)
+  a, b = load_file(_export(one)), load_file(_export(other))
+  for name in a:
+    np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.fixture(scope='module')
+def two(weights, tmp_path_factory):
+  """A run of two hosts, each with half of every array; one of them is slow for a while."""
+  workdir = tmp_path_factory.mktemp('two')
+  group = processes.start(2, _command(weights, workdir), workdir / 'logs')
+  processes.wait_for((workdir / 'metrics.jsonl').exists, group)
+  group[1].send_signal(signal.SIGSTOP)
+  time.sleep(processes.HEARTBEAT / 2)
+  group[1].send_signal(signal.SIGCONT)
+  codes, logs = processes.ended(group, workdir / 'logs')
+  assert codes == [0, 0], [log[-3000:] for log in logs]
+  return workdir
+
+
+@pytest.fixture(scope='module')
+def one(weights, tmp_path_factory):
+  """The same run of one process with two devices."""
+  workdir = tmp_path_factory.mktemp('one')
+  _run(1, _command(weights, workdir), workdir / 'logs', devices=2)
+  return workdir
+
+
+def test_two_hosts_give_the_bits_of_one(one, two):
+  """The mesh is the same, and a sum of two does not depend on its order."""
+  assert [line['step'] for line in _metrics(two)] == [1, 2, 3, 4]
+  _assert_same_run(one, two)
+
+
+def test_a_lost_host_ends_the_other_and_a_restart_ends_in_the_same_bits(weights, two, tmp_path):
+  group = processes.start(2, _command(weights, tmp_path), tmp_path / 'logs')
+  processes.wait_for((tmp_path / 'checkpoints' / '2').exists, group)
+  processes.kill(group[1])
+  began = time.monotonic()
+  codes, logs = processes.ended(group, tmp_path / 'logs', limit=60)
+  assert codes[0] in (69, -signal.SIGABRT), logs[0][-3000:]
+  assert time.monotonic() - began < processes.HEARTBEAT + 25
+  for host, said in enumerate(map(processes.sentences, logs)):
+    assert len(said) == 1 and said[0].startswith(f'host {host} '), logs[host][-3000:]
+    assert said[0].endswith(
+      'start the same command on every host to go on from the newest checkpoint.'
+    )
+  _run(2, _command(weights, tmp_path), tmp_path / 'logs')
+  _assert_same_run(two, tmp_path)
+
+
+def test_a_short_soak(weights, one, tmp_path):
+  """What python -m tests.soak does with fifty kills, with three: behind a save, starting, in a save."""
+  shutil.copytree(one, tmp_path / 'whole')
+  words = ['--kills=3', '--seed=38', '--devices=2', f'--folder={tmp_path}', '--']
+  command = _command(weights, '')
+  words += [word for word in command[2:] if not word.startswith('--workdir')]
+  with pytest.raises(SystemExit) as left:
+    soak.main(words)
+  assert left.value.code == 0
+
+
+def test_sigterm_to_one_host_saves_on_all_and_one_process_goes_on(weights, one, tmp_path):
+  rare = '--config.checkpoint.every=1000'
+  command = _command(weights, tmp_path, rare, steps=1000)
+  group = processes.start(2, command, tmp_path / 'logs')
+  lines = tmp_path / 'metrics.jsonl'
+  processes.wait_for(lambda: lines.exists() and lines.read_text().count('\n') > 1, group)
+  group[1].send_signal(signal.SIGTERM)
+  codes, logs = processes.ended(group, tmp_path / 'logs')
+  assert codes == [75, 75], [log[-3000:] for log in logs]
+  (step,) = [int(path.name) for path in (tmp_path / 'checkpoints').iterdir()]
+  left = f'told to leave and saved step {step} of 1000; the same command goes on from there.'
+  assert processes.sentences(logs[0]) == [left]
+  assert processes.sentences(logs[1])[-1] == left
+  # An uninterrupted run of one process finds the same state at that step.
+  whole = tmp_path / 'whole'
+  shutil.copytree(one, whole)
+  if step > STEPS:
+    _run(1, _command(weights, whole, rare, steps=step), whole / 'logs', devices=2)
+    _run(1, _command(weights, tmp_path, rare, steps=step), tmp_path / 'logs', devices=2)
+    _assert_same_run(whole, tmp_path, step)
+  else:
+    _run(1, _command(weights, tmp_path), tmp_path / 'logs', devices=2)
+    _assert_same_run(one, tmp_path)
+
+
+def test_sigterm_twice_leaves_at_once(weights, one, tmp_path):
+  command = _command(weights, tmp_path, '--config.checkpoint.every=1000', steps=100000)
+  (process,) = processes.start(1, command, tmp_path / 'logs', devices=2)
+  lines = tmp_path / 'metrics.jsonl'
+  processes.wait_for(lambda: lines.exists() and lines.stat().st_size, [process])
+  process.send_signal(signal.SIGTERM)
+  # Two that come at once are one.
+  process.send_signal(signal.SIGTERM)
+  time.sleep(0.02)
+  process.send_signal(signal.SIGTERM)
+  (code,), (log,) = processes.ended([process], tmp_path / 'logs', limit=30)
+  assert code == 143, log[-2000:]
+  assert 'left without saving' in processes.sentences(log)[-1]
+
+
+def test_a_notice_of_the_metadata_server_is_heard_like_sigterm(weights, one, tmp_path):
+  """The machine's own SIGTERM then follows, and is not taken for a second one."""
+  answer = {'maintenanceEvent': 'MIGRATE_ON_HOST_MAINTENANCE', 'preempted': 'FALSE'}
+
+  class Metadata(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+      assert self.headers['Metadata-Flavor'] == 'Google' and self.path.endswith('?recursive=true')
+      self.send_response(200)
+      self.end_headers()
+      self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, *args):
+      pass
+
+  server = http.server.ThreadingHTTPServer(('localhost', 0), Metadata)
+  threading.Thread(target=server.serve_forever, daemon=True).start()
+  command = _command(weights, tmp_path, '--config.checkpoint.every=1000', steps=100000)
+  place = f'localhost:{server.server_port}'
+  group = processes.start(1, command, tmp_path / 'logs', devices=2, GCE_METADATA_HOST=place)
+  lines, log = tmp_path / 'metrics.jsonl', tmp_path / 'logs' / 'host-0.log'
+  processes.wait_for(lambda: lines.exists() and lines.read_text().count('\n') > 1, group)
+  answer.update(maintenanceEvent='TERMINATE_ON_HOST_MAINTENANCE')
+  processes.wait_for(lambda: 'SIGTERM' in log.read_text(), group)
+  group[0].send_signal(signal.SIGTERM)
+  (code,), (text,) = processes.ended(group, tmp_path / 'logs')
+  server.shutdown()
+  assert code == 75, text[-2000:]
+
+
+@pytest.mark.parametrize(
+  'count, mesh', [(4, dict(data=2, fsdp=2)), (1, dict(data=1, fsdp=1))], ids=['four', 'one']
+)
+def test_another_number_of_hosts_and_another_mesh_go_on(weights, two, tmp_path, count, mesh):
+  """What is restored and put together again is what was saved; how steps depend on the mesh is test_train's."""
+  shutil.copytree(two, tmp_path, dirs_exist_ok=True)
+  os.remove(_export(tmp_path))
+  axes = [f'--config.mesh.{axis}={size}' for axis, size in mesh.items()]
+  _run(count, _command(weights, tmp_path, *axes), tmp_path / 'logs')
+  _assert_same_run(two, tmp_path)
+
+
+def test_hosts_sample_from_a_run_whose_arrays_were_split(two, tmp_path):
+  words = ['-m', 'salt_jax.sample', f'--checkpoint={two}', '--steps=1']
+  words += [
+    '--prompt=a red bag moves left',
+    '--prompt=a blue bag moves up',
+    f'--output={tmp_path}/out.png',
+  ]
+  _run(2, words, tmp_path / 'logs')
+  assert sorted(path.name for path in tmp_path.glob('*.png')) == ['out-0.png', 'out-1.png']
+
+
+def _other_code(tmp_path):
+  shutil.copytree(processes.ROOT / 'salt_jax', tmp_path / 'code' / 'salt_jax')
+  with open(tmp_path / 'code' / 'salt_jax' / 'tokens.py', 'a') as file:
+    file.write('# changed\n')
+  # The working directory comes first on the path of `-m`.
+  place = f'import sys, runpy; sys.path[:0] = [{str(tmp_path / "code")!r}]; sys.argv[0] = "main"; '
+  return ['-c', place + 'runpy.run_module("salt_jax.main", run_name="__main__")']
+
+
+def _refused(kind, weights, tmp_path):
+  """(command, devices) that differ between the hosts in one way."""
+  command = _command(weights, tmp_path)
+  if kind == 'config':
+    return lambda host: [*command, f'--config.seed={host}'], 1
+  if kind == 'devices':
+    return command, lambda host: 1 + host
+  changed = _other_code(tmp_path)
+  return lambda host: changed + command[2:] if host else command, 1
+
+
+REFUSED = {
+  'config': 'host 1 has config.seed 1 and host 0 has 0: install the same code and start the same',
+  'code': 'host 1 has code of digest ',
+  'devices': 'host 1 has 2 devices and host 0 has 1: give every host the same number.',
+}
+
+
+@pytest.mark.parametrize('kind', REFUSED)
+def test_hosts_that_differ_are_refused_on_all_of_them(weights, tmp_path, kind):
+  command, devices = _refused(kind, weights, tmp_path)
+  logs = _run(2, command, tmp_path / 'logs', devices, codes=2)
+  for log in logs:
+    (sentence,) = processes.sentences(log)
+    assert sentence.startswith(REFUSED[kind]), sentence
+  assert not (tmp_path / 'metrics.jsonl').exists()
+
+
+def test_what_hosts_share(tmp_path):
+  """Rows of the batch, whole arrays, stores, reading alone, and checks that only one host fails."""
+  _run(2, ['-m', 'tests.host_pieces'], tmp_path / 'logs', devices=2, FOLDER=str(tmp_path))
+
+
+def test_a_second_run_is_kept_out_and_a_dead_one_is_not_in_the_way(tmp_path, monkeypatch):
+  monkeypatch.setattr(hosts, '_HANDOVER', 0.2)
+  (tmp_path / '.lock').write_text('process 1 on a machine that is gone')
+  with hosts.holding(str(tmp_path)):
+    with pytest.raises(
+      InputError, match=f'another run is at work in {tmp_path} .process {os.getpid()} on'
+    ):
+      with hosts.holding(str(tmp_path)):
+        raise AssertionError('both hold it')
+  with hosts.holding(str(tmp_path)):
+    pass
+
+
+def test_a_full_disk_is_named_and_the_run_goes_on_with_room(weights, one, tmp_path):
+  shutil.copytree(one, tmp_path, dirs_exist_ok=True)
+  shutil.rmtree(tmp_path / 'checkpoints' / '4')
+  command = _command(weights, tmp_path)
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+  # No file above 100 kB stands for no room: metrics fit, arrays do not.
+  resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+  try:
+    group = processes.start(1, command, tmp_path / 'logs', devices=2)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+  (code,), (log,) = processes.ended(group, tmp_path / 'logs')
+  assert code == 2, log[-3000:]
+  (sentence,) = processes.sentences(log)
+  assert sentence == (
+    f'a checkpoint could not be written to {tmp_path}/checkpoints (File too large): mend that, and the same '
+    'command goes on from step 2.'
+  )
+  _run(1, command, tmp_path / 'logs', devices=2)
+  _assert_same_run(one, tmp_path)
+
+
+BUCKET = 'gs://bucket/run'
+LOOK = """
+import sys
+import numpy as np
+from salt_jax import places, sources
+assert places.is_run(sys.argv[1]) and not places.is_run(sys.argv[1] + 'x')
+for run in sys.argv[1:]:
+  found = sources.open_source(run, '', 'dit')
+  np.savez(sys.argv[2] + '/found.npz', **{name: x.read() for name, x in found.tensors.items()})
+"""
+
+
+def test_a_killed_run_goes_on_elsewhere_from_the_bucket(weights, one, tmp_path):
+  """The second machine has none of the first one's files, and ends in the bits of a run without a bucket."""
+  there = bucket.Bucket()
+  place = f'--config.checkpoint.folder={BUCKET}'
+  first, second = tmp_path / 'first', tmp_path / 'second'
+  command = _command(weights, first, place)
+  group = processes.start(1, command, first / 'logs', 2, **there.environment())
+  processes.wait_for(lambda: 'run/checkpoints/2/commit_success.txt' in there.objects, group)
+  processes.kill(group[0])
+  assert 'run/config.json' in there.objects
+  command = _command(weights, second, place)
+  _run(1, command, second / 'logs', devices=2, **there.environment())
+  assert not (second / 'checkpoints').exists()
+  assert '"step": 3' in (second / 'metrics.jsonl').read_text().splitlines()[0]
+  a, b = load_file(_export(one)), load_file(_export(second))
+  for name in a:
+    np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+  # What reads runs reads the bucket, by its own address and by the folder of the run that filled it.
+  look = [sys.executable, '-c', LOOK, BUCKET, str(second)]
+  env = processes.environment(1, **there.environment())
+  subprocess.run(look, env=env, check=True, timeout=120)
+  found = np.load(second / 'found.npz')
+  for name in a:
+    np.testing.assert_array_equal(found[name], a[name], err_msg=name)
+
+
+def test_another_config_is_refused_by_what_lies_in_the_bucket(weights, tmp_path):
+  there = bucket.Bucket()
+  there.put('run/config.json', b'{"seed": 7}')
+  words = [f'--config.checkpoint.folder={BUCKET}', '--config.seed=1']
+  command = _command(weights, tmp_path, *words)
+  (log,) = _run(1, command, tmp_path / 'logs', codes=2, **there.environment())
+  (sentence,) = processes.sentences(log)
+  assert sentence.startswith('config.') and 'but the run in gs://bucket/run has' in sentence
