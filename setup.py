@@ -47,6 +47,7 @@ setuptools.setup(
     'gcs': ['gcsfs>=2024.6'],  # checkpoints in gs://
     'video': ['av>=12.0'],  # MP4 files: samples, and what VBench reads
     'dev': [
+      'jax[tpu]>=0.10',  # libtpu: tests compile real sizes for TPUs on a CPU
       'pytest>=8.0',
       'pytest-xdist>=3.6',  # tests in parallel
       'ruff>=0.9',

@@ -189,6 +189,26 @@ def weights(size: str) -> ConfigDict:
   return ConfigDict(files)
 
 
+def teach(config: ConfigDict, word: str, i2v: bool) -> None:
+  """Gives a distillation its teacher: of the size `word`, by default nano's own and 14B above.
+
+  Raises:
+    InputError: a size that cannot teach this student.
+  """
+  sizes = ('nano',) if config.size == 'nano' else ('14b', '1.3b')
+  size = word or sizes[0]
+  if size not in sizes:
+    raise InputError(
+      f'the config argument teacher={word} does not fit {config.size}: choose from {", ".join(sizes)}.'
+    )
+  if i2v and size == '1.3b':
+    raise InputError('the config argument teacher=1.3b has no image-to-video form: leave it out.')
+  config.teacher = dit(size)
+  if size == '1.3b':
+    config.name += '-teacher1.3b'
+    config.weights.teacher = 'weights/Wan2.1-T2V-1.3B.safetensors'
+
+
 def terms(layers: int) -> ConfigDict:
   """Numbers of the loss terms, by the released recipe; `layers` is the depth of the teacher."""
   return ConfigDict(

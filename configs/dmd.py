@@ -5,6 +5,7 @@
 
 The student is trained on eight levels; the four-step grid of inference gives the ends of its time triples.
 
+teacher= size of the teacher above nano: 14b (the default) or 1.3b
 i2v      the first frame is given, to student, teacher and critic
 method=  sc_dmd (the default), dmd8 (the same grid without the term) or dmd (four levels)
 """
@@ -14,7 +15,7 @@ from configs import base
 
 def get_config(arg=None):
   arg = base.parse_arg(
-    arg, size=('1.3b', 'nano', '14b'), method=('sc_dmd', 'dmd8', 'dmd'), i2v=False
+    arg, size=('1.3b', 'nano', '14b'), method=('sc_dmd', 'dmd8', 'dmd'), teacher='', i2v=False
   )
   nano = arg.size == 'nano'
   config = base.common(
@@ -25,7 +26,7 @@ def get_config(arg=None):
     batch=4 if nano else 64,
   )
   config.model = base.dit(arg.size)
-  config.teacher = base.dit('nano' if nano else '14b')
+  base.teach(config, arg.teacher, arg.i2v)
   config.rollout = base.rollout(arg.size, chunk=21)
   config.weights.init = config.weights.teacher if nano else config.weights.critic
   config.schedule = dict(steps=(4 if arg.method == 'dmd' else 8,), probs=(1.0,), shift=5.0)

@@ -12,6 +12,7 @@ method=   salt      mixed steps, consistency, alignment to a denser-step referen
           mixed     mixed steps
           sc        eight steps and consistency; the paper reports that this alone hurts an autoregressive student
           dmd       four steps: Self Forcing
+teacher=  size of the teacher above nano: 14b (the default) or 1.3b
 i2v       the first frame is given, to student, teacher and critic
 backbone= self_forcing, causal_forcing (another init, alignment from step 700) or longlive (window 12, sink 3)
 chunk=    latent frames in a chunk; 1 is the frame-wise student
@@ -34,7 +35,14 @@ ALIGNMENT = {
 
 
 def get_config(arg=None):
-  spec = dict(size=('1.3b', 'nano', '14b'), backbone=BACKBONES, chunk=3, i2v=False, streaming=False)
+  spec = dict(
+    size=('1.3b', 'nano', '14b'),
+    backbone=BACKBONES,
+    chunk=3,
+    teacher='',
+    i2v=False,
+    streaming=False,
+  )
   word, arg = arg, base.parse_arg(arg, method=METHODS, **spec)
   if arg.streaming:
     arg = base.parse_arg(word, method=STREAMING_METHODS, **spec)
@@ -47,7 +55,7 @@ def get_config(arg=None):
     batch=4 if nano else 64,
   )
   config.model = base.dit(arg.size)
-  config.teacher = base.dit('nano' if nano else '14b')
+  base.teach(config, arg.teacher, arg.i2v)
   window = dict(window=12, sink=3) if arg.backbone == 'longlive' else {}
   config.rollout = base.rollout(arg.size, chunk=arg.chunk, **window)
   config.schedule = schedule(arg.method)

@@ -8,7 +8,7 @@ is approximated, as it would be in tiles that are decoded by themselves.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -31,11 +31,20 @@ def latents_at_once(rows: int, columns: int) -> int:
   return max(1, POSITIONS // (rows * columns))
 
 
-def _split(clips: int, rows: int, columns: int) -> NamedSharding | None:
-  """How clips `[b t h w c]` with latents of so many rows and columns lie; None leaves them where they are."""
-  if latents_at_once(rows, columns) > 1 or len(jax.local_devices()) == 1:
+def split(
+  clips: int, rows: int, columns: int, devices: Sequence[jax.Device] | None = None
+) -> NamedSharding | None:
+  """How clips `[b t h w c]` with latents of so many rows and columns lie; None leaves them where they are.
+
+  Args:
+    clips: how many there are.
+    rows, columns: of a latent frame.
+    devices: others than this process's.
+  """
+  devices = jax.local_devices() if devices is None else devices
+  if latents_at_once(rows, columns) > 1 or len(devices) == 1:
     return None
-  return over_space(clips, rows, columns)
+  return over_space(clips, rows, columns, devices)
 
 
 def _mesh_of(where: NamedSharding | None):
@@ -48,7 +57,8 @@ def _lying(tree: PyTree, where: NamedSharding | None) -> PyTree:
 
 
 @functools.partial(jax.jit, static_argnames=('cfg', 'first', 'where'), donate_argnames='features')
-def _decode_part(params, latents, features, cfg, first, where=None):
+def decode_part(params, latents, features, cfg, first, where=None):
+  """The program of `decode_next`: uint8 frames of some latents, and what the decoder carries on."""
   pixels, features = vae.decode_chunk(params, latents, features, cfg, first)
   return _lying((to_bytes(pixels), features), where)
 
@@ -83,7 +93,7 @@ def decode(
   def run(params, latents):
     return decode_next(params, latents, {}, cfg, True, part)[0]
 
-  where = _split(len(latents), *latents.shape[2:4])
+  where = split(len(latents), *latents.shape[2:4])
   return np.concatenate(_grouped(run, params, latents, where))
 
 
@@ -102,13 +112,13 @@ def decode_next(
     first: whether the video begins here.
   """
   part = part or latents_at_once(*latents.shape[2:4])
-  where, parts = _split(len(latents), *latents.shape[2:4]), []
+  where, parts = split(len(latents), *latents.shape[2:4]), []
   if where is not None:
     params, latents = jax.device_put((params, latents), (replicated(where.mesh), where))
   for start in range(0, latents.shape[1], part):
     some, begins = latents[:, start : start + part], first and start == 0
     with _mesh_of(where):
-      pixels, features = _decode_part(params, some, features, cfg, begins, where)
+      pixels, features = decode_part(params, some, features, cfg, begins, where)
     parts.append(np.asarray(pixels))
   return np.concatenate(parts, axis=1), features
 
@@ -117,7 +127,7 @@ def _encode(
   params: PyTree, clips: Array, cfg: vae.VAEConfig, parts: Callable[[Array], Iterator[Array]]
 ) -> Float[Array, 'b f h w z']:
   """Normalised latents of videos that come in parts: 1 + 4n frames, then 4n each, pixels in [-1, 1]."""
-  where = _split(len(clips), clips.shape[2] // cfg.space, clips.shape[3] // cfg.space)
+  where = split(len(clips), clips.shape[2] // cfg.space, clips.shape[3] // cfg.space)
 
   def run(params, clips):
     features, made = {}, []

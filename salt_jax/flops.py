@@ -151,14 +151,16 @@ class Part(NamedTuple):
     name: of the network, or what it does.
     flops: that the step needs.
     again: spent on computing once more what the backward pass needs.
+    backward: what of `flops` is the backward pass.
   """
 
   name: str
   flops: float
   again: float = 0.0
+  backward: float = 0.0
 
   def times(self, share: float) -> 'Part':
-    return Part(self.name, share * self.flops, share * self.again)
+    return Part(self.name, *(share * count for count in self[1:]))
 
 
 Passes = dict[str, float]
@@ -178,8 +180,9 @@ def _trained(name: str, cfg: WanConfig, *passes: Passes, frozen: bool = False) -
   attention, ffn = (sum(one[part] for one in passes) for part in ('self_attention', 'ffn'))
   blocks = sum(one[part] for one in passes for part in _BLOCK)
   if frozen:
-    return Part(name, 2 * total + attention, (blocks - ffn / 2) if cfg.remat else 0.0)
-  return Part(name, 3 * total, blocks if cfg.remat else 0.0)
+    again = (blocks - ffn / 2) if cfg.remat else 0.0
+    return Part(name, 2 * total + attention, again, total + attention)
+  return Part(name, 3 * total, blocks if cfg.remat else 0.0, 2 * total)
 
 
 def _without_head(passes: Passes) -> Passes:
@@ -287,7 +290,10 @@ def _features(rec: Recipe) -> Part:
   gram = 2.0 * rec.chunking.frames * tokens**2 * network.dim
   # Products of tokens with their gradients: relations take 2 + 2 and make 2 anew, MMD takes 3 + 3.
   grams, again = (4, 2) if cfg.kind == 'relations' else (6, 0)
-  return Part('alignment', one.flops + other.flops + grams * gram, one.again + again * gram)
+  total = one.flops + other.flops + grams * gram
+  # Of the products of tokens two belong to the forward pass of relations, and three to that of MMD.
+  backward = one.backward + grams / 2 * gram
+  return Part('alignment', total, one.again + again * gram, backward)
 
 
 def streamed(rec: Recipe) -> dict[str, list[Part]]:
@@ -344,11 +350,16 @@ def initial_step(rec: Recipe, stage: str) -> list[Part]:
   ]
 
 
+def sampling(rec: Recipe, steps: int) -> list[Part]:
+  """A clip of the student, in so many steps."""
+  return [_texts(rec, 1), _served('rollout', rollout(rec.model, rec.chunking, steps))]
+
+
 def flow_step(rec: Recipe, frames: int, tokens: int) -> list[Part]:
   """Flow matching of DiT and text encoder."""
   text = encoder(rec.text, rec.text_length)
   return [
-    Part('text', 3 * text),
+    Part('text', 3 * text, backward=2 * text),
     _trained('student', rec.model, forward(rec.model, frames, tokens)),
   ]
 

@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 
 from salt_jax import sharding
 from salt_jax.models import splash
+from salt_jax.outline import Work
 from salt_jax.recipe import Recipe
 from salt_jax.stages import StepSpec
 
@@ -29,7 +30,13 @@ def options(rec: Recipe, kind: str) -> dict[str, str]:
   return {'xla_tpu_scoped_vmem_limit_kib': str(splash.VMEM_KIB[kind])} if splashed else {}
 
 
-def jitted(spec: StepSpec, rec: Recipe, layout: Layout, traces: collections.Counter) -> Callable:
+def jitted(
+  spec: StepSpec | Work,
+  rec: Recipe,
+  layout: Layout,
+  traces: collections.Counter,
+  keep_unused: bool = False,
+) -> Callable:
   """The step under `jax.jit`, to be called or lowered while the mesh is set; counts how often it is traced."""
 
   def counted(state, frozen, batch, n):
@@ -44,6 +51,7 @@ def jitted(spec: StepSpec, rec: Recipe, layout: Layout, traces: collections.Coun
     in_shardings=(layout.state, layout.frozen, sharding.batch_sharding(layout.mesh), everywhere),
     out_shardings=(layout.state, everywhere),
     compiler_options=options(rec, layout.mesh.devices.flat[0].device_kind),
+    keep_unused=keep_unused,
   )
 
 

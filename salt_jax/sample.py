@@ -66,6 +66,17 @@ def _prompts(frozen: PyTree, batch: tuple, rec: Recipe) -> tuple[Prompt, Prompt]
   return conditioning(frozen, dict(zip(names, batch, strict=False)), rec)
 
 
+def few_step(rec: Recipe) -> Callable[..., Float[Array, 'b f h w c']]:
+  """The program of `student`: `(params, frozen, sigmas, exit step, batch of a Sampler) -> latents`."""
+
+  def run(params, frozen, sigmas, exit_step, batch):
+    plan = rollout.student_plan(rec.chunking, sigmas, exit_step)
+    text, _ = _prompts(frozen, batch, rec)
+    return rollout.rollout(wan.bind(rec.model), params, keys(rec, batch[2]), text, plan).x0
+
+  return run
+
+
 def student(rec: Recipe, frozen: PyTree) -> Callable[[PyTree, int], Sampler]:
   """Few-step sampling of causal students; every step count and student shares one program.
 
@@ -76,12 +87,7 @@ def student(rec: Recipe, frozen: PyTree) -> Callable[[PyTree, int], Sampler]:
   Returns:
     `(params, steps) -> Sampler`.
   """
-
-  @jax.jit
-  def run(params, frozen, sigmas, exit_step, batch):
-    plan = rollout.student_plan(rec.chunking, sigmas, exit_step)
-    text, _ = _prompts(frozen, batch, rec)
-    return rollout.rollout(wan.bind(rec.model), params, keys(rec, batch[2]), text, plan).x0
+  run = jax.jit(few_step(rec))
 
   def with_steps(params, steps):
     sigmas = flow.padded_sigmas(steps, rec.schedule.shift, MAX_STEPS + 1)

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from salt_jax.errors import InputError
@@ -55,7 +56,32 @@ def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = No
     )
   sizes.update({axis: len(devices) // fixed for axis in free})
   shape = tuple(sizes[axis] for axis in AXES)
-  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  types = (AxisType.Auto,) * len(AXES)
+  if devices[0].platform != 'tpu':
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+  return Mesh(_wired(shape, devices, asked), AXES, axis_types=types)
+
+
+def _wired(shape: tuple[int, ...], devices: Sequence[jax.Device], asked: str) -> np.ndarray:
+  """TPUs as they are wired: neighbours along an axis are neighbours, and `data` goes over the slices.
+
+  Raises:
+    InputError: `data` cannot go over the slices.
+  """
+  slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  if shape[0] % slices:
+    raise InputError(
+      f'mesh {asked} cannot be laid over {slices} slices: make data a multiple of {slices}.'
+    )
+  inner, outer = (shape[0] // slices, *shape[1:]), (slices, 1, 1, 1)
+  make = functools.partial(mesh_utils.create_hybrid_device_mesh, inner, outer, devices)
+  if slices == 1:
+    make = functools.partial(mesh_utils.create_device_mesh, shape, devices)
+  try:
+    return make()
+  except NotImplementedError:
+    # A side of the slice is shared by two axes.
+    return make(allow_split_physical_axes=True)
 
 
 def shardings(
@@ -233,14 +259,17 @@ def put(tree: Any, mesh: Mesh, config: Any) -> Any:
   return jax.device_put(tree, shardings(tree, mesh, config.rules, config.shard_min_size))
 
 
-def over_space(clips: int, rows: int, columns: int) -> NamedSharding:
+def over_space(
+  clips: int, rows: int, columns: int, devices: Sequence[jax.Device] | None = None
+) -> NamedSharding:
   """Splits clips `[b t h w c]` over this process's devices along one side of a frame.
 
   Args:
     clips: how many there are; they are split over the devices that the side leaves, if they can be evenly.
     rows, columns: of the coarsest resolution; the side that can be cut into more parts is split.
+    devices: others than this process's.
   """
-  devices = np.array(jax.local_devices())
+  devices = np.array(jax.local_devices() if devices is None else devices)
   down, across = _parts(rows, len(devices)), _parts(columns, len(devices))
   mesh = Mesh(devices.reshape(-1, max(down, across)), ('clips', 'space'))
   sides = (None, 'space') if across >= down else ('space', None)

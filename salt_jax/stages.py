@@ -10,8 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
-from salt_jax import causal_steps, data, precompute, step, stream_steps, text_store, weights
-from salt_jax.diffusion import streaming
+from salt_jax import data, outline, precompute, text_store, weights
 from salt_jax.errors import InputError
 from salt_jax.models import text, vae, wan
 from salt_jax.recipe import Recipe
@@ -63,7 +62,7 @@ def _networks(config: ConfigDict, rec: Recipe, names: Sequence[str]) -> dict[str
   frozen = {}
   for name in names:
     network = weights.NETWORKS.get(name, 'dit')
-    cfg = {'vae': rec.vae, 'text': rec.text}.get(name, rec.teacher)
+    cfg = outline.sizes(rec, name)
     params = weights.load(config.weights[name], network, cfg)
     frozen[name] = weights.narrowed(params, cfg.dtype)
   return frozen
@@ -86,11 +85,11 @@ def _vae(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
     data.clips, frames=config.data.frames, size=config.video.height, length=rec.text_length
   )
   return Stage(
-    shapes={'vae': weights.shapes('vae', rec.vae)},
+    shapes=outline.trained(config, rec),
     start=lambda: _random({'vae': rec.vae}, config.seed),
     frozen={},
-    averaged=('vae',),
-    steps=(StepSpec('vae', step.vae_step, 1, feed),),
+    averaged=outline.averaged(config),
+    steps=_steps(config, rec, feed),
   )
 
 
@@ -102,12 +101,16 @@ def _flow(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
   weights.require(config, ('vae', *_towers(rec)))
   folder = precompute.latents(config, rec, os.path.join(workdir, 'latents'))
   return Stage(
-    shapes={'dit': weights.shapes('dit', rec.model), 'text': weights.shapes('umt5', rec.text)},
+    shapes=outline.trained(config, rec),
     start=lambda: _random({'dit': rec.model, 'text': rec.text}, config.seed),
     frozen={'negative': negative(config, rec)},
-    averaged=('dit', 'text'),
-    steps=(StepSpec('dit', step.flow_step, 1, functools.partial(data.store_batches, folder)),),
+    averaged=outline.averaged(config),
+    steps=_steps(config, rec, functools.partial(data.store_batches, folder)),
   )
+
+
+def _steps(config: ConfigDict, rec: Recipe, feed: Callable) -> tuple[StepSpec, ...]:
+  return tuple(StepSpec(*work, feed) for work in outline.work(config, rec))
 
 
 def _ode(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
@@ -115,48 +118,47 @@ def _ode(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
   # For I2V the clips are read, which have captions and first frames, unless a store has both.
   clips = rec.model.frame_channels and config.data.kind != 'store'
   prompts = None if clips else _prompts(config, rec, workdir)
-  frozen = serving(config, rec, 'text')
+  frozen = serving(config, rec, *outline.served(config, rec))
   folder = precompute.ode_pairs(config, rec, frozen, os.path.join(workdir, 'pairs'), prompts)
-  return _generator(config, rec, 'teacher', frozen, (step.ode_step, folder))
+  return _generator(config, rec, 'teacher', frozen, folder)
 
 
-def _generator(config: ConfigDict, rec: Recipe, start: str, frozen: dict, work: tuple) -> Stage:
-  """One student that starts from the weights `start`; `work` is its step and the folder of its data."""
-  run, folder = work
+def _generator(config: ConfigDict, rec: Recipe, start: str, frozen: dict, folder: str) -> Stage:
+  """One student that starts from the weights `start`; `folder` has its data."""
   return Stage(
-    shapes={'generator': weights.shapes('dit', rec.model)},
+    shapes=outline.trained(config, rec),
     start=lambda: {'generator': weights.load(config.weights[start], 'dit', rec.model)},
     frozen=frozen,
-    averaged=('generator',),
-    steps=(StepSpec('generator', run, 1, functools.partial(data.store_batches, folder)),),
+    averaged=outline.averaged(config),
+    steps=_steps(config, rec, functools.partial(data.store_batches, folder)),
   )
 
 
 def _ar(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
   weights.require(config, ('text', 'teacher', 'vae'))
-  frozen = serving(config, rec, 'text')
+  frozen = serving(config, rec, *outline.served(config, rec))
   # Read once before the latents are made, so that a damaged file is not found behind them.
   weights.load(config.weights.teacher, 'dit', rec.model)
   folder = _clean_latents(config, rec, workdir)
-  return _generator(config, rec, 'teacher', frozen, (causal_steps.ar_step, folder))
+  return _generator(config, rec, 'teacher', frozen, folder)
 
 
 def _causal_ode(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
   weights.require(config, ('text', 'ar', 'vae'))
-  frozen = serving(config, rec, 'text')
+  frozen = serving(config, rec, *outline.served(config, rec))
   ar = weights.load(config.weights.ar, 'dit', rec.teacher)
   clean = _clean_latents(config, rec, workdir)
   folder = precompute.causal_pairs(
     config, rec, frozen | {'ar': ar}, clean, os.path.join(workdir, 'pairs')
   )
-  return _generator(config, rec, 'ar', frozen, (causal_steps.causal_ode_step, folder))
+  return _generator(config, rec, 'ar', frozen, folder)
 
 
 def _causal_cd(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
   weights.require(config, ('text', 'ar', 'vae'))
-  frozen = serving(config, rec, 'text', 'ar')
+  frozen = serving(config, rec, *outline.served(config, rec))
   folder = _clean_latents(config, rec, workdir)
-  return _generator(config, rec, 'ar', frozen, (causal_steps.causal_cd_step, folder))
+  return _generator(config, rec, 'ar', frozen, folder)
 
 
 def _clean_latents(config: ConfigDict, rec: Recipe, workdir: str) -> str:
@@ -173,7 +175,7 @@ def _selfforcing(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
   stored = config.data.kind == 'text_store'
   encoder = () if stored and config.size != 'nano' else ('text',)
   weights.require(config, sorted({'vae', 'teacher', 'init', critic, *encoder, *_towers(rec)}))
-  shapes = weights.shapes('dit', rec.model)
+  serve = _stored if stored else serving
 
   def start():
     return {
@@ -181,36 +183,16 @@ def _selfforcing(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
       'critic': weights.load(config.weights[critic], 'dit', rec.model),
     }
 
-  feed, stage = (
-    _prompts(config, rec, workdir),
-    Stage(
-      shapes={'generator': shapes, 'critic': shapes},
-      start=start,
-      frozen=_stored(config, rec, 'teacher') if stored else serving(config, rec, 'teacher', 'text'),
-      averaged=('generator',),
-      steps=(),
-    ),
-  )
+  feed = _prompts(config, rec, workdir)
   if rec.streaming is not None:
-    return _streamed(config, rec, stage, functools.partial(data.prompt_pairs, make=feed))
-  return stage._replace(
-    steps=(
-      StepSpec('generator', step.generator_step, config.generator_every, feed),
-      StepSpec('critic', step.critic_step, 1, feed),
-    )
-  )
-
-
-def _streamed(config: ConfigDict, rec: Recipe, stage: Stage, feed: Callable) -> Stage:
-  """The stage along streams: a cache is carried, and the VAE makes boundary frames."""
-  if rec.streaming.boundary == 'reencoded':
-    stage = stage._replace(frozen=stage.frozen | serving(config, rec, 'vae'))
-  return stage._replace(
-    steps=(
-      StepSpec('generator', stream_steps.generator_step, config.generator_every, feed),
-      StepSpec('critic', stream_steps.critic_step, 1, feed),
-    ),
-    stream=functools.partial(streaming.carry_nothing, rec.chunking, config.batch, rec.text_length),
+    feed = functools.partial(data.prompt_pairs, make=feed)
+  return Stage(
+    shapes=outline.trained(config, rec),
+    start=start,
+    frozen=serve(config, rec, *outline.served(config, rec)),
+    averaged=outline.averaged(config),
+    steps=_steps(config, rec, feed),
+    stream=outline.stream(config, rec),
   )
 
 
@@ -248,6 +230,5 @@ def build(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
     'causal_cd': _causal_cd,
     'selfforcing': _selfforcing,
   }
-  if config.stage not in kinds:
-    raise InputError(f'stage={config.stage} is unknown: choose one of {", ".join(kinds)}.')
+  outline.check(config)
   return kinds[config.stage](config, rec, workdir)

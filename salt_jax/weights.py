@@ -1,5 +1,6 @@
 """Files of weights that a stage starts from, and those that it leaves behind."""
 
+import functools
 import importlib.resources
 import json
 import os
@@ -106,6 +107,12 @@ def narrowed(params: PyTree, dtype: str) -> PyTree:
     return x if kept else x.astype(dtype)
 
   return jax.tree_util.tree_map_with_path(one, params)
+
+
+def narrowed_shapes(name: str, cfg) -> PyTree:
+  """Shapes and dtypes of a frozen network as `narrowed` keeps it; nothing is allocated."""
+  like = shapes(NETWORKS.get(name, 'dit'), cfg)
+  return jax.eval_shape(functools.partial(narrowed, dtype=cfg.dtype), like)
 
 
 def export(workdir: str, name: str, params: PyTree, config: ConfigDict) -> str:

@@ -3,6 +3,7 @@
 import json
 import logging
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -15,13 +16,14 @@ import pytest
 import safetensors.numpy
 from absl import flags
 
-from configs import base, causal_init, pretrain, selfforcing
+from configs import base, causal_init, dmd, pretrain, selfforcing
 from salt_jax import (
   cli,
   convert,
   convert_cli,
   evaluate,
   main,
+  plan,
   recipe,
   sample,
   stages,
@@ -141,6 +143,20 @@ WRONG_COMMANDS = {
     ([NANO, '--heartbeat=1'], '--heartbeat=1'),
     ([NANO, '--config.mesh.data=3'], 'does not make up 1 devices'),
     ([NANO, '--config.seed=-1'], 'seed=-1 must be zero or positive.'),
+  ),
+  'plan': (
+    ([], 'pass --config=FILE, and either --slice=v5p-128 or --smallest=v5p.'),
+    ([NANO], 'pass --config=FILE, and either --slice=v5p-128 or --smallest=v5p.'),
+    ([NANO, '--slice=v5p-8', '--smallest=v5p'], 'and either --slice=v5p-128 or --smallest=v5p.'),
+    ([NANO, '--slice=v5p-9'], 'the slice "v5p-9" is unknown: the nearest are v5p-8, v5p-16, v5p-32; two of one'),
+    ([NANO, '--smallest=h100'], 'the TPU generation "h100" is unknown: choose one of v4, v5e, v5p, v6e, tpu7x.'),
+    ([NANO, '--slice=v5p-8', '--config.mesh.data=3'], 'does not make up 4 devices: the product of the sizes'),
+    ([NANO, '--slice=v5p-8', '--config.batch=6'], 'batch=6 cannot be split over data x fsdp = 4 shards'),
+    ([NANO, '--slice=v5p-8', '--programs=train'], '--programs=train is no program of this config: choose from'),
+    ([NANO, '--slice=v5p-8', '--config.stage=x'], 'stage=x is unknown: choose one of vae, flow, ode,'),
+    ([NANO, '--slice=v5p-8', '--json=LICENSE/x.json'], '--json: nothing can be written to LICENSE'),
+    (['--table=configs'], '--table=configs: no files that --json wrote lie there.'),
+    (['--config=configs/selfforcing.py', '--slice=v5p-8', '--config.model.attention=cudnn'], '"cudnn" needs a gpu'),
   ),
   'sample': (
     (
@@ -361,6 +377,7 @@ def programs():
     'evaluate': evaluate,
     'vbench': vbench,
     'convert': convert_cli,
+    'plan': plan,
   }
   for name in set(flags.FLAGS) - known:
     delattr(flags.FLAGS, name)
@@ -464,6 +481,21 @@ def test_arguments_of_configs_are_typed(arg, sentence):
   with pytest.raises(InputError) as error:
     base.parse_arg(arg, size=('nano', 'big'), steps=3, fast=False)
   assert sentence in _sentence(error)
+
+
+@pytest.mark.parametrize('module', [selfforcing, dmd])
+def test_a_teacher_is_of_a_size_that_can_teach(module):
+  taught = module.get_config('1.3b,teacher=1.3b')
+  assert taught.teacher == taught.model and taught.weights.teacher.endswith('T2V-1.3B.safetensors')
+  assert taught.alignment.layer == 15
+  assert module.get_config('14b,teacher=14b').teacher == module.get_config().teacher
+  for arg, sentence in (
+    ('nano,teacher=14b', 'teacher=14b does not fit nano: choose from nano.'),
+    ('teacher=7b', 'teacher=7b does not fit 1.3b: choose from 14b, 1.3b.'),
+    ('teacher=1.3b,i2v', 'teacher=1.3b has no image-to-video form: leave it out.'),
+  ):
+    with pytest.raises(InputError, match=re.escape(sentence)):
+      module.get_config(arg)
 
 
 I2V = {'model.in_channels': 36, 'teacher.in_channels': 36}
