@@ -19,6 +19,7 @@ import math
 import os
 import sys
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -327,4 +328,6 @@ def program() -> None:
 
 
 if __name__ == '__main__':
+  # An executable for devices that are not here cannot be read back.
+  jax.config.update('jax_enable_compilation_cache', False)
   cli.run(program, define_flags)

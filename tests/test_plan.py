@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from configs import selfforcing
+from configs import dmd, selfforcing
 from salt_jax import (
   estimate,
   flops,
@@ -402,8 +402,8 @@ def test_what_is_resident_is_what_shards_hold():
 
 
 def _fake(program, config, mesh, slice_):
-  """Fits where a device has one clip or less."""
-  fits = mesh.size >= config.batch
+  """Fits sixteen devices, unless the batch is large."""
+  fits = mesh.size >= 16 > config.batch
   made = estimate._blank(program, mesh, slice_, 3 * 2**30)
   made = dataclasses.replace(made, fits=fits, change='' if fits else 'take a larger slice.')
   filled = dataclasses.replace(made, arguments=2.0**30, temporaries=2.0**31, code=0.0, forward=1e12)
@@ -413,11 +413,10 @@ def _fake(program, config, mesh, slice_):
 def test_the_smallest_slice_is_found_and_written_down(folder, tmp_path, monkeypatch):
   monkeypatch.setattr(estimate, 'report', _fake)
   config = tiny_config.get_config(folder)
-  config.batch = 12
   sized, slice_, made, failed = plan.smallest(config, 'v5e')
   assert slice_.name == 'v5e-16' and [f['slice'] for f in failed] == ['v5e-1', 'v5e-4', 'v5e-8']
-  # Twelve clips over sixteen devices: four parts of a batch, and each clip over four.
-  assert dict(sized.mesh) == {'data': 1, 'fsdp': 4, 'context': 4, 'tensor': 1}
+  # Eight clips over sixteen devices: each over two.
+  assert dict(sized.mesh) == {'data': 1, 'fsdp': 8, 'context': 2, 'tensor': 1}
   assert [one.step for one in made] == ['generator', 'critic', 'sample', 'decode']
   text = plan.written(sized, slice_, made)
   assert (
@@ -461,3 +460,54 @@ def test_a_mesh_that_does_not_divide_is_refused_before_anything_is_compiled(monk
 def test_the_table_of_the_readme_is_that_of_the_records():
   root = pathlib.Path(__file__).parents[1]
   assert plan.table(str(root / 'launch' / 'plans')) in (root / 'README.md').read_text()
+
+
+# Real sizes.
+
+
+def _planned(config, name, *programs):
+  made = plan.plan(config, slices.parse(name), programs)
+  assert [one.step for one in made] == list(programs)
+  for one in made:
+    assert one.fits, (one.step, one.change)
+    # What is resident is part of what the compiler counts, and that of what there is.
+    assert one.arguments < one.needed < one.usable
+    assert one.collectives and one.seconds.least <= one.seconds.likely
+  return made
+
+
+def test_sampling_at_a_real_size_compiles_and_fits():
+  config = dmd.get_config('1.3b,method=dmd')
+  config.mesh.fsdp = 4
+  (made,) = _planned(config, 'v5p-8', 'sample')
+  rec = recipe.build(config, ('tpu', 'TPU v5'))
+  # Four passes over a clip, 283 TFLOP each, and the prompt.
+  assert made.forward == pytest.approx(sum(p.flops for p in flops.sampling(rec, 4)))
+  assert 4 * 283e12 < made.forward < 4.05 * 283e12
+  # Parameters are float32 and split over four devices, the encoder's are bfloat16.
+  average = 4 * sum(
+    math.prod(x.shape) for x in jax.tree.leaves(outline.trained(config, rec)['critic'])
+  )
+  encoder = sum(
+    math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(outline.frozen(rec, ('text',)))
+  )
+  assert made.arguments == pytest.approx((average + encoder) / 4, rel=0.02)
+  # Each pass gathers each layer's weights, so no less than these in bfloat16 is moved.
+  assert sum(row['bytes'] for row in made.collectives.values()) > 4 * average / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'module, arg, name, program',
+  [
+    (dmd, '1.3b,method=dmd', 'v5p-128', 'critic'),
+    (selfforcing, '1.3b', 'v5p-128', 'critic'),
+    (selfforcing, '1.3b', 'v5p-128', 'generator'),
+    (selfforcing, '1.3b', 'v6e-64', 'sample'),
+    (selfforcing, '1.3b', 'v5e-16', 'decode'),
+  ],
+)
+def test_steps_at_real_sizes_compile_in_time_and_fit(module, arg, name, program):
+  slice_ = slices.parse(name)
+  (made,) = _planned(plan.meshed(module.get_config(arg), slice_), name, program)
+  assert made.compiling[1] < 2 * 300

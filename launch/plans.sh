@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Finds for each shipped config of a real size the smallest slice of each generation, and prints the table of the README.
+#
+#   launch/plans.sh [FOLDER]
+#
+# A row takes minutes to an hour on two cores. Rows that are in the folder already are kept.
+set -euo pipefail
+
+folder=${1:-launch/plans}
+python=${PYTHON:-python3}
+configs=(
+  selfforcing.py
+  selfforcing.py:teacher=1.3b
+  selfforcing.py:14b
+  selfforcing.py:14b,i2v
+  selfforcing.py:backbone=causal_forcing
+  selfforcing.py:backbone=longlive
+  dmd.py
+  dmd.py:teacher=1.3b
+  dmd.py:14b,i2v
+)
+
+mkdir -p "$folder"
+for config in "${configs[@]}"; do
+  for generation in v5p v6e v5e tpu7x; do
+    file="$folder/$(tr -c 'a-z0-9.\n' '-' <<< "${config/.py/}")-$generation.json"
+    if [[ ! -e $file ]]; then
+      "$python" -m salt_jax.plan --config="configs/$config" --smallest="$generation" --json="$file" \
+        || echo "no row for $config on $generation" >&2
+    fi
+  done
+done
+"$python" -m salt_jax.plan --table="$folder"
