@@ -123,7 +123,7 @@ def run(config: ConfigDict, workdir: str, profile: str | None = None) -> dict[st
             # All that goes to the devices goes there here.
             batch = _to_devices(next(feeds[spec.name]), mesh)
             at = states.place(np.int32(n), sharding.replicated(mesh))
-            with _guarded(spec.name, traces, progress):
+            with _guarded(spec, traces, progress):
               state, metrics = jitted[spec.name](state, frozen, batch, at)
             scalars |= {f'{spec.name}/{k}': v for k, v in metrics.items()}
             spent += config.batch * costs.get(spec.name, 0.0)
@@ -163,9 +163,9 @@ def _jit(spec: stages.StepSpec, rec, placed, mesh, traces):
 
 
 @contextlib.contextmanager
-def _guarded(name: str, traces: collections.Counter, progress: Progress):
+def _guarded(spec: stages.StepSpec, traces: collections.Counter, progress: Progress):
   """Around one call of a step: a silent copy between host and devices is an error, and the first call is timed."""
-  timed = contextlib.nullcontext() if traces[name] else progress.compiling(name)
+  timed = contextlib.nullcontext() if traces[spec.name] else progress.compiling(spec.run.__name__)
   with timed, jax.transfer_guard('disallow'):
     yield
 
