@@ -1,6 +1,9 @@
 """How every program of the package starts and how it refuses."""
 
 import difflib
+import glob
+import importlib.metadata
+import importlib.util
 import logging
 import os
 import re
@@ -51,7 +54,16 @@ def run(program: Callable[[], None], define: Callable[[], None] = lambda: None) 
         raise
       sys.exit(_refuse(error))
 
+  _leave_tpu_alone()
   app.run(guarded, flags_parser=parse)
+
+
+def _leave_tpu_alone() -> None:
+  """Where libtpu is installed and no TPU is, JAX would look for one, and print pages of warnings."""
+  devices = glob.glob('/dev/accel*') + glob.glob('/dev/vfio/*')
+  plugins = importlib.metadata.entry_points(group='jax_plugins')  # those of GPUs
+  if importlib.util.find_spec('libtpu') and not devices and not plugins:
+    os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 
 def define_config(help_string: str, default: str | None = None) -> flags.FlagHolder[ConfigDict]:

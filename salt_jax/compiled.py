@@ -1,6 +1,9 @@
 """The persistent compile cache: a run that is started again need not compile again."""
 
+import contextlib
 import os
+import pathlib
+from collections.abc import Iterator
 
 import jax
 from etils import epath
@@ -10,6 +13,7 @@ from salt_jax.errors import InputError
 
 OFF = 'off'
 _NAME = 'compile_cache'
+_MARK = '.unfinished'
 
 
 def keep(folder: str | None, workdir: str) -> str | None:
@@ -28,6 +32,7 @@ def keep(folder: str | None, workdir: str) -> str | None:
     InputError: nothing can be written to the folder.
   """
   if folder is None and jax.config.jax_compilation_cache_dir:
+    _mend(jax.config.jax_compilation_cache_dir)
     return jax.config.jax_compilation_cache_dir
   jax.config.update('jax_enable_compilation_cache', folder != OFF)
   if folder == OFF:
@@ -38,6 +43,7 @@ def keep(folder: str | None, workdir: str) -> str | None:
   jax.config.update('jax_compilation_cache_dir', where)
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+  _mend(where)
   return where
 
 
@@ -54,3 +60,37 @@ def _check_writable(folder: str) -> None:
     raise InputError(
       f'--{_NAME}={folder}: nothing can be written there ({error}); name a bucket that this machine may write to.'
     ) from error
+
+
+@contextlib.contextmanager
+def marked(program: str) -> Iterator[None]:
+  """While a program is compiled: who is killed meanwhile leaves a mark, and `keep` drops what may be half an entry.
+
+  JAX would warn of such an entry at every start, compile again, and never replace it. In a bucket there is none.
+
+  Args:
+    program: name of the function that is jitted.
+  """
+  folder = jax.config.jax_compilation_cache_dir
+  if not folder or '://' in folder or jax.process_index():
+    yield
+    return
+  mark = pathlib.Path(folder, program + _MARK)
+  mark.parent.mkdir(parents=True, exist_ok=True)
+  mark.touch()
+  try:
+    yield
+  finally:
+    mark.unlink(missing_ok=True)
+
+
+def _mend(folder: str) -> None:
+  if '://' in folder:
+    return
+  for mark in pathlib.Path(folder).glob(f'*{_MARK}'):
+    with contextlib.suppress(FileNotFoundError):  # other processes mend too
+      since = mark.stat().st_mtime_ns
+      for entry in mark.parent.glob(f'jit_{mark.name.removesuffix(_MARK)}-*'):
+        if entry.stat().st_mtime_ns >= since:
+          entry.unlink()
+      mark.unlink()

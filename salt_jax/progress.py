@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 
-from salt_jax import flops
+from salt_jax import compiled, flops
 from salt_jax.metrics import quantity, seconds
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class Progress:
 
   @contextlib.contextmanager
   def compiling(self, name: str) -> Iterator[None]:
-    """Times the first call of a step, which traces and compiles it."""
+    """Times the first call of a step function of that name, which traces and compiles it."""
     hits = []
 
     def listen(event, **_):
@@ -86,12 +86,13 @@ class Progress:
     jax.monitoring.register_event_listener(listen)
     began = self._clock()
     try:
-      yield
+      with compiled.marked(name):
+        yield
     finally:
       jax.monitoring.unregister_event_listener(listen)
     self._mark = None
     verb = 'traced, and read from the compile cache,' if hits else 'traced and compiled'
-    log.info('%s_step: %s in %s', name, verb, seconds(self._clock() - began))
+    log.info('%s: %s in %s', name, verb, seconds(self._clock() - began))
 
   def measure(self, step: int, spent: float = 0.0) -> dict[str, float]:
     """Figures of the steps since the first, to be asked once `step` is done.

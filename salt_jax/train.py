@@ -230,16 +230,16 @@ def _iterate(n: int, state, frozen, calls: Sequence[_Call], around: tuple) -> tu
         # All that goes to the devices goes there here.
         batch = _to_devices(next(call.batches), mesh)
         at = states.place(np.int32(n), sharding.replicated(mesh))
-        with guard(call.name):
+        with guard(call):
           state, metrics = call.run(state, frozen, batch, at)
         scalars |= {f'{call.name}/{k}': v for k, v in metrics.items()}
   return state, scalars
 
 
 @contextlib.contextmanager
-def _guarded(name: str, traces: collections.Counter, progress: Progress):
+def _guarded(call: _Call, traces: collections.Counter, progress: Progress):
   """Around one call of a step: a silent copy between host and devices is an error, and the first call is timed."""
-  timed = contextlib.nullcontext() if traces[name] else progress.compiling(name)
+  timed = contextlib.nullcontext() if traces[call.name] else progress.compiling(call.run.__name__)
   with timed, jax.transfer_guard('disallow'):
     yield
 

@@ -1,5 +1,6 @@
 """The line a person watches: what is measured, from when on, and against which peak."""
 
+import contextlib
 import logging
 import os
 import pathlib
@@ -92,7 +93,7 @@ def test_memory_is_that_of_the_fullest_device_of_this_process():
 def test_what_is_compiled_later_is_no_part_of_the_rate(caplog):
   progress = _progress([0.0, 5.0, 6.0, 36.0, 40.0, 50.0])
   lines = _lines(progress, (1, 0.0))
-  with progress.compiling('critic'):
+  with progress.compiling('critic_step'):
     jax.jit(lambda x: x * 3)(jnp.ones(3))
   assert caplog.messages == ['critic_step: traced and compiled in 30s']
   lines += _lines(progress, (3, 0.0), (23, 0.0))
@@ -119,7 +120,7 @@ logging.basicConfig(stream=sys.stdout, format='%(message)s')
 logging.getLogger('salt_jax').setLevel(logging.INFO)
 print(compiled.keep(None, sys.argv[1]))
 for _ in range(2):
-  with Progress(1).compiling('tiny'):
+  with Progress(1).compiling('tiny_step'):
     jax.jit(lambda x: x * 3 + 1)(1.0)
   jax.clear_caches()
 """
@@ -141,6 +142,31 @@ def test_programs_are_kept_from_the_first_start_on(tmp_path):
   assert any(file.name.startswith('jit__lambda') for file in pathlib.Path(where).iterdir())
   assert first.startswith('tiny_step: traced and compiled in')
   assert second.startswith('tiny_step: traced, and read from the compile cache, in')
+
+
+@pytest.fixture
+def kept_here(tmp_path):
+  before = jax.config.jax_compilation_cache_dir
+  jax.config.update('jax_compilation_cache_dir', str(tmp_path))
+  yield
+  jax.config.update('jax_compilation_cache_dir', before)
+
+
+def test_half_an_entry_of_a_killed_start_is_dropped(tmp_path, kept_here):
+  """And nothing else: not what was there before, nor other programs."""
+  names = ('jit_critic_step-a-cache', 'jit_critic_step-b-cache', 'jit_generator_step-c-cache')
+  before, torn, other = (tmp_path / name for name in names)
+  before.touch()
+  os.utime(before, (1, 1))
+  with contextlib.suppress(ValueError), compiled.marked('critic_step'):
+    raise ValueError  # the program ends by itself, so nothing is half done
+  assert list(tmp_path.iterdir()) == [before]
+  killed = compiled.marked('critic_step')
+  killed.__enter__()
+  torn.touch()
+  other.touch()
+  assert compiled.keep(None, 'runs/x') == str(tmp_path)
+  assert sorted(tmp_path.iterdir()) == [before, other]
 
 
 def test_nothing_is_kept_if_it_is_switched_off(tmp_path):
