@@ -45,6 +45,7 @@ _LEAVING = 10.0  # seconds that a host that fails waits for the others to fail t
 _LIBRARIES = ('jax', 'jaxlib', 'libtpu', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 _VARIABLES = ('XLA_FLAGS', 'LIBTPU_INIT_ARGS', 'JAX_ENABLE_X64', 'JAX_DEFAULT_MATMUL_PRECISION')
 _AGAIN = 'start the same command on every host to go on from the newest checkpoint.'
+_ENDED = 'host {} of {} was ended, or lost another one and ended itself; ' + _AGAIN
 
 
 def define_flags(why: str) -> None:
@@ -80,19 +81,26 @@ def joined(args: flags.FlagValues) -> Iterator[None]:
   if not args.multihost:
     yield
     return
-  _initialize(args, where)
   speaker = _speaker()
+  # If the others do not come, JAX ends this process.
+  _says(speaker, _apart(args))
+  try:
+    _initialize(args, where)
+  except InputError:
+    _says(speaker, '')
+    raise
+  _says(speaker, _ENDED.format(jax.process_index(), jax.process_count()))
   try:
     _check_devices()
     yield
   except (Preempted, SystemExit):
-    speaker.communicate('left in order\n')
+    _says(speaker, '')
     raise
   except BaseException as error:
     code = _explained(error)
-    speaker.communicate('left in order\n')
+    _says(speaker, '')
     _leave(code, alone=code == LOST)
-  speaker.communicate('left in order\n')
+  _says(speaker, '')
 
 
 def _where(args: flags.FlagValues) -> dict[str, Any]:
@@ -131,20 +139,27 @@ def _initialize(args: flags.FlagValues, where: Mapping[str, Any]) -> None:
       'only Cloud TPU, Slurm and Open MPI make unnecessary.'
     ) from error
   except jax.errors.JaxRuntimeError as error:
-    raise InputError(
-      f'the hosts did not join within {args.join_timeout} s ({_first_line(error)}): start the same command on every '
-      'host, with the --coordinator of host 0.'
-    ) from error
+    raise InputError(_apart(args)) from error
 
 
 def _speaker() -> subprocess.Popen:
-  """A shell that speaks for this process if a signal or the runtime ends it, which leaves it no last word."""
-  sentence = (
-    f'salt_jax: host {jax.process_index()} of {jax.process_count()} was ended, or lost another one and ended '
-    f'itself; {_AGAIN}'
+  """A shell that says the last sentence it was given when this process ends, however it does."""
+  script = 'while read -r line; do last=$line; done; [ -z "$last" ] || echo "salt_jax: $last" >&2'
+  return subprocess.Popen(
+    ['sh', '-c', script], stdin=subprocess.PIPE, text=True, start_new_session=True
   )
-  command = ['sh', '-c', 'read -r word || echo "$0" >&2', sentence]
-  return subprocess.Popen(command, stdin=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def _says(speaker: subprocess.Popen, sentence: str) -> None:
+  with contextlib.suppress(OSError):  # somebody ended it
+    print(sentence, file=speaker.stdin, flush=True)
+
+
+def _apart(args: flags.FlagValues) -> str:
+  return (
+    f'the hosts did not join within {args.join_timeout} s: start the same command on every host, with the '
+    '--coordinator of host 0.'
+  )
 
 
 def _explained(error: BaseException) -> int:
@@ -344,7 +359,7 @@ def _facts(config: ConfigDict, workdir: str) -> dict[str, str]:
   facts |= {name: _version(name) for name in _LIBRARIES}
   facts |= {name: os.environ.get(name, 'unset') for name in _VARIABLES}
   facts |= {
-    'code of digest': code_digest(),
+    'code of the digest': code_digest(),
     'Python': platform.python_version(),
     'workdir': workdir,
   }
@@ -358,9 +373,9 @@ def _version(library: str) -> str:
     return 'absent'
 
 
-def code_digest() -> str:
-  """A short hash of the package's source files and their names."""
-  root, digest = pathlib.Path(__file__).parent, hashlib.sha256()
+def code_digest(root: pathlib.Path = pathlib.Path(__file__).parent) -> str:
+  """A short hash of the source files in a folder, by default of this package, and of their names."""
+  digest = hashlib.sha256()
   for path in sorted(root.rglob('*.py')):
     digest.update(f'{path.relative_to(root).as_posix()} {path.stat().st_size} '.encode())
     digest.update(path.read_bytes())

@@ -4,6 +4,7 @@ import os
 import time
 
 import jax
+import ml_collections
 import numpy as np
 from absl import flags
 
@@ -24,6 +25,7 @@ def program():
     arrays()
     stores(me)
     alone(me)
+    versions(me)
     folders(me)
 
 
@@ -80,6 +82,35 @@ def alone(me):
     np.testing.assert_array_equal(
       checkpoint.restore_network(folder + '/checkpoints', 'net_ema')['x'], 1
     )
+
+
+def versions(me):
+  config = ml_collections.ConfigDict({'seed': 1})
+  hosts.check_same(config, folder)
+  refuses(
+    'host 1 has jax 0.11 and host 0 has 0.10: install the same code and start the same command',
+    lambda: hosts.check_same(config, folder),
+    '_version',
+    lambda name: f'0.{10 + me}' if name == 'jax' else '1',
+  )
+  refuses(
+    'host 1 has code of the digest b and host 0 has a: ',
+    lambda: hosts.check_same(config, folder),
+    'code_digest',
+    lambda: 'ab'[me],
+  )
+
+
+def refuses(words, check, name, replaced):
+  kept = getattr(hosts, name)
+  setattr(hosts, name, replaced)
+  try:
+    check()
+  except InputError as error:
+    assert str(error).startswith(words), error
+  else:
+    raise AssertionError(words)
+  setattr(hosts, name, kept)
 
 
 def folders(me):

@@ -70,8 +70,16 @@ def ended(hosts, folder, limit: float = 200) -> tuple[list[int], list[str]]:
   finally:
     for process in hosts:
       process.kill()
-  logs = [pathlib.Path(folder, f'host-{i}.log').read_text() for i in range(len(hosts))]
+  logs = [_log(pathlib.Path(folder, f'host-{i}.log'), code) for i, code in enumerate(codes)]
   return codes, logs
+
+
+def _log(path: pathlib.Path, code: int) -> str:
+  """What a host said; for one that a signal ended, somebody else says it a moment later."""
+  end = time.monotonic() + 10
+  while code < 0 and not sentences(path.read_text()) and time.monotonic() < end:
+    time.sleep(0.05)
+  return path.read_text()
 
 
 def sentences(log: str) -> list[str]:
