@@ -15,7 +15,7 @@ from salt_jax.checks import MAX_STEPS
 from salt_jax.diffusion import multistep
 from salt_jax.errors import InputError
 from salt_jax.recipe import Recipe
-from salt_jax.sharding import batch_sharding, over_local_devices
+from salt_jax.sharding import over_local_devices
 
 STEPS = 4  # of a student, by default
 _PATIENCE = 24 * 3600  # seconds that a process that is done waits for the others to leave
@@ -56,7 +56,7 @@ def drawer(
   def draw(ids, mask, index):
     batch = (ids, mask, index, *(np.broadcast_to(x, (len(ids), *x.shape[1:])) for x in own))
     with jax.set_mesh(mesh):
-      latents = np.asarray(run(*jax.device_put(batch, batch_sharding(mesh))))
+      latents = np.asarray(run(*over_local_devices(batch, mesh)))
     parts = [
       codec.decode(vae_params, over_local_devices(latents[at : at + devices]), rec.vae)
       for at in range(0, len(latents), devices)

@@ -303,10 +303,9 @@ def _placed(
   mesh = sharding.local_mesh(config.mesh)
   rest = {name: x for name, x in frozen.items() if name != 'vae'}
   given = rest | {'generator': weights.narrowed(params, cfg.dtype)}
-  where = sharding.shardings(given, mesh, config.rules, config.shard_min_size)
-  where['vae'] = sharding.replicated(mesh)
-  split = jax.device_put(given | {'vae': frozen['vae']}, where)
-  return mesh, split.pop('generator'), split
+  split = sharding.split_locally(given, mesh, config.rules, config.shard_min_size)
+  vae = jax.device_put(frozen['vae'], sharding.replicated(mesh))
+  return mesh, split.pop('generator'), split | {'vae': vae}
 
 
 def _given(config: ConfigDict, rec: Recipe, first: Array, image: np.ndarray) -> tuple[Array, ...]:

@@ -119,8 +119,12 @@ def to_global(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
   }
 
 
-def over_local_devices(batch: Any) -> Any:
+def over_local_devices(batch: Any, mesh: Mesh | None = None) -> Any:
   """Splits the leading axis over this process's devices: for work that processes do each by itself.
+
+  Args:
+    batch: arrays with as many rows each.
+    mesh: of `local_mesh`, if the rows go to parameters that lie over it.
 
   Raises:
     InputError: the rows cannot be split evenly.
@@ -131,12 +135,8 @@ def over_local_devices(batch: Any) -> Any:
     raise InputError(
       f'a batch of {rows} cannot be split over {len(devices)} local devices: make it a multiple.'
     )
-  return jax.device_put(batch, NamedSharding(_local_mesh(), PartitionSpec('rows')))
-
-
-def on_local_devices(tree: Any) -> Any:
-  """A copy on each of this process's devices, to go with `over_local_devices`."""
-  return jax.device_put(tree, NamedSharding(_local_mesh(), PartitionSpec()))
+  rows = NamedSharding(_local_mesh(), PartitionSpec('rows'))
+  return jax.device_put(batch, batch_sharding(mesh) if mesh else rows)
 
 
 def local_mesh(axes: Mapping[str, int]) -> Mesh:
@@ -152,6 +152,13 @@ def local_mesh(axes: Mapping[str, int]) -> Mesh:
   sizes = [size for axis, size in axes.items() if axis != 'data']
   parts = len(devices) if -1 in sizes else math.gcd(math.prod(sizes), len(devices))
   return Mesh(devices.reshape(-1, parts, 1, 1), AXES)
+
+
+def split_locally(
+  tree: Any, mesh: Mesh, rules: Sequence[tuple[str, Rule]], min_size: int = 2**16
+) -> Any:
+  """Parameters over the devices of `mesh`; arguments as for `shardings`."""
+  return jax.device_put(tree, shardings(tree, mesh, rules, min_size))
 
 
 def over_space(clips: int, rows: int, columns: int) -> NamedSharding:
