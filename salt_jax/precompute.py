@@ -16,12 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from salt_jax import cli, codec, data, images, recipe, sharding, text_store, weights
+from salt_jax import cli, codec, data, images, recipe, text_store, weights
 from salt_jax.diffusion import flow, forcing, solvers
 from salt_jax.errors import InputError
 from salt_jax.models import clip, wan
 from salt_jax.recipe import Recipe
-from salt_jax.sharding import over_local_devices
+from salt_jax.sharding import local_mesh, over_local_devices, split_locally
 from salt_jax.step import conditioning, to_unit
 from salt_jax.store import Field, Store, fill
 
@@ -198,15 +198,13 @@ def ode_pairs(
   """
   keep, pairs = rec.schedule.steps[0], config.pairs
   weights.require(config, ['teacher'])
+  mesh = local_mesh(config.mesh)
   teacher = weights.load(config.weights.teacher, 'dit', rec.teacher)
+  served = {'teacher': weights.narrowed(teacher, rec.teacher.dtype), 'frozen': frozen}
+  served = split_locally(served, mesh, config.rules, config.shard_min_size)
   shape = recipe.latent_shape(config)
   fields = _fields(config, rec, trajectory=Field((keep + 1, *shape), 'float16'))
   sigmas = flow.few_step_sigmas(pairs.steps, rec.schedule.shift)
-
-  mesh = sharding.local_mesh(config.mesh)
-  teacher, frozen = sharding.put(
-    (weights.narrowed(teacher, rec.teacher.dtype), frozen), mesh, config
-  )
 
   @jax.jit
   def run(teacher, frozen, batch):
@@ -228,10 +226,10 @@ def ode_pairs(
     item = batches(number)
     record = common(item)
     given = {name: x for name, x in item.items() if name not in ('video', 'row')}
-    batch = given | record | {'index': item['index'].astype(np.int32)}
+    batch = over_local_devices(given | record | {'index': item['index'].astype(np.int32)}, mesh)
     with jax.set_mesh(mesh):
-      trajectory = run(teacher, frozen, over_local_devices(batch, mesh))
-    return {'trajectory': np.asarray(trajectory)} | record
+      trajectory = np.asarray(run(**served, batch=batch))
+    return {'trajectory': trajectory} | record
 
   facts = {'seed': config.seed, 'pairs': dict(pairs), 'shift': rec.schedule.shift}
   return fill(folder, fields, _shards(pairs.count, pairs.batch), facts, make)

@@ -319,9 +319,10 @@ def _placed(
   """A mesh of this process's devices, and over it a DiT and what serves it, by the config's rules but the VAE whole."""
   mesh = sharding.local_mesh(config.mesh)
   rest = {name: x for name, x in frozen.items() if name != 'vae'}
-  split = sharding.put(rest | {'generator': weights.narrowed(params, cfg.dtype)}, mesh, config)
-  split['vae'] = jax.device_put(frozen['vae'], sharding.replicated(mesh))
-  return mesh, split.pop('generator'), split
+  given = rest | {'generator': weights.narrowed(params, cfg.dtype)}
+  split = sharding.split_locally(given, mesh, config.rules, config.shard_min_size)
+  vae = jax.device_put(frozen['vae'], sharding.replicated(mesh))
+  return mesh, split.pop('generator'), split | {'vae': vae}
 
 
 def _given(config: ConfigDict, rec: Recipe, first: Array, image: np.ndarray) -> tuple[Array, ...]:

@@ -218,8 +218,8 @@ def over_local_devices(batch: Any, mesh: Mesh | None = None) -> Any:
   """Splits the leading axis over this process's devices: for work that processes do each by itself.
 
   Args:
-    batch: a tree of arrays `[rows ...]`.
-    mesh: of `local_mesh`, for a program that is split over it too.
+    batch: arrays with as many rows each.
+    mesh: of `local_mesh`, if the rows go to parameters that lie over it.
 
   Raises:
     InputError: the rows cannot be split evenly.
@@ -230,13 +230,8 @@ def over_local_devices(batch: Any, mesh: Mesh | None = None) -> Any:
     raise InputError(
       f'a batch of {rows} cannot be split over {len(devices)} local devices: make it a multiple.'
     )
-  rows_over = NamedSharding(_local_mesh(), PartitionSpec('rows'))
-  return jax.device_put(batch, rows_over if mesh is None else batch_sharding(mesh))
-
-
-def on_local_devices(tree: Any) -> Any:
-  """A copy on each of this process's devices, to go with `over_local_devices`."""
-  return jax.device_put(tree, NamedSharding(_local_mesh(), PartitionSpec()))
+  rows = NamedSharding(_local_mesh(), PartitionSpec('rows'))
+  return jax.device_put(batch, batch_sharding(mesh) if mesh else rows)
 
 
 def local_mesh(axes: Mapping[str, int]) -> Mesh:
@@ -254,9 +249,11 @@ def local_mesh(axes: Mapping[str, int]) -> Mesh:
   return Mesh(devices.reshape(-1, parts, 1, 1), AXES)
 
 
-def put(tree: Any, mesh: Mesh, config: Any) -> Any:
-  """Host arrays over the devices of `local_mesh`, by the rules of a config."""
-  return jax.device_put(tree, shardings(tree, mesh, config.rules, config.shard_min_size))
+def split_locally(
+  tree: Any, mesh: Mesh, rules: Sequence[tuple[str, Rule]], min_size: int = 2**16
+) -> Any:
+  """Parameters over the devices of `mesh`; arguments as for `shardings`."""
+  return jax.device_put(tree, shardings(tree, mesh, rules, min_size))
 
 
 def over_space(

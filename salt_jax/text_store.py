@@ -18,7 +18,7 @@ from salt_jax import cli, data, hosts, recipe, tokens, weights
 from salt_jax.errors import InputError
 from salt_jax.models import text
 from salt_jax.recipe import Recipe
-from salt_jax.sharding import on_local_devices, over_local_devices
+from salt_jax.sharding import local_mesh, over_local_devices, split_locally
 from salt_jax.store import Field, Store, fill, sha256
 
 log = logging.getLogger('salt_jax.text_store')
@@ -33,8 +33,9 @@ def _text_fields(rec: Recipe) -> dict[str, Field]:
 
 def _text_encoder(config: ConfigDict, rec: Recipe, batch: int) -> Callable[[list], list]:
   """At most `batch` prompts' ids -> their bfloat16 rows `[n d]`, without padding."""
-  params = weights.load(config.weights.text, 'umt5', rec.text)
-  params = on_local_devices(weights.narrowed(params, rec.text.dtype))
+  mesh = local_mesh(config.mesh)
+  params = weights.narrowed(weights.load(config.weights.text, 'umt5', rec.text), rec.text.dtype)
+  params = split_locally({'text': params}, mesh, config.rules, config.shard_min_size)['text']
   run = jax.jit(lambda p, ids, mask: text.encode(p, ids, mask, rec.text).astype(jnp.bfloat16))
 
   def encode(prompts):
@@ -44,7 +45,7 @@ def _text_encoder(config: ConfigDict, rec: Recipe, batch: int) -> Callable[[list
     length = min(rec.text_length, -(-longest // _BUCKET) * _BUCKET)
     # The last shard is filled up, so that its program is the others'.
     filled = list(prompts) + [prompts[0]] * (batch - len(prompts))
-    rows = np.asarray(run(params, *over_local_devices(text.pad(filled, length))))
+    rows = np.asarray(run(params, *over_local_devices(text.pad(filled, length), mesh)))
     return [row[: len(ids)] for row, ids in zip(rows, prompts, strict=False)]
 
   return encode
