@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Finds for each shipped config of a real size the smallest slice of each generation, and prints the table of the README.
 #
-#   launch/plans.sh [FOLDER]
+#   launch/plans.sh [FOLDER]    (launch/plans by default)
 #
 # A row takes minutes to an hour on two cores. Rows that are in the folder already are kept.
 set -euo pipefail

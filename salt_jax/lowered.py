@@ -126,10 +126,10 @@ def _sample(config: ConfigDict, rec: Recipe, mesh: Mesh) -> Program:
   text, _ = state.with_shardings(outline.frozen(rec, ('text',)), mesh, config)
   whole, rows = sharding.replicated(mesh), sharding.batch_sharding(mesh)
   frozen = text | {'negative': _struct(outline.prompts(rec, 1), whole)}
-  given = _struct(outline.clips(config, rec, clips), rows)
+  given = tuple(_struct(x, rows) for x in outline.clips(config, rec, clips).values())
   sigmas = _struct(jax.ShapeDtypeStruct((MAX_STEPS + 1,), np.float32), whole)
   last = _struct(jax.ShapeDtypeStruct((), np.int32), whole)
-  inputs = (average['ema'], frozen, sigmas, last, tuple(given.values()))
+  inputs = (average['ema'], frozen, sigmas, last, given)
   options = programs.options(rec, mesh.devices.flat[0].device_kind)
   jitted = jax.jit(sample.few_step(rec), out_shardings=rows, compiler_options=options)
 

@@ -134,7 +134,7 @@ def given(config: ConfigDict, rec: Recipe, rows: int) -> dict[str, jax.ShapeDtyp
 
 
 def clips(config: ConfigDict, rec: Recipe, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-  """What a sampler is given: prompts and numbers, and for I2V first frames."""
+  """What a sampler is given, in its order: prompts and numbers, and for I2V first frames."""
   numbers = {'index': jax.ShapeDtypeStruct((rows,), np.int32)}
   return prompts(rec, rows) | numbers | given(config, rec, rows)
 
