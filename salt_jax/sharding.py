@@ -161,14 +161,17 @@ def split_locally(
   return jax.device_put(tree, shardings(tree, mesh, rules, min_size))
 
 
-def over_space(clips: int, rows: int, columns: int) -> NamedSharding:
-  """Splits clips `[b t h w c]` over this process's devices along one side of a frame.
+def over_space(
+  clips: int, rows: int, columns: int, devices: Sequence[jax.Device] | None = None
+) -> NamedSharding:
+  """Splits clips `[b t h w c]` over devices along one side of a frame.
 
   Args:
     clips: how many there are; they are split over the devices that the side leaves, if they can be evenly.
     rows, columns: of the coarsest resolution; the side that can be cut into more parts is split.
+    devices: by default those of this process.
   """
-  devices = np.array(jax.local_devices())
+  devices = np.array(jax.local_devices() if devices is None else devices)
   down, across = _parts(rows, len(devices)), _parts(columns, len(devices))
   mesh = Mesh(devices.reshape(-1, max(down, across)), ('clips', 'space'))
   sides = (None, 'space') if across >= down else ('space', None)
