@@ -259,12 +259,12 @@ def split_locally(
 def over_space(
   clips: int, rows: int, columns: int, devices: Sequence[jax.Device] | None = None
 ) -> NamedSharding:
-  """Splits clips `[b t h w c]` over this process's devices along one side of a frame.
+  """Splits clips `[b t h w c]` over devices along one side of a frame.
 
   Args:
     clips: how many there are; they are split over the devices that the side leaves, if they can be evenly.
     rows, columns: of the coarsest resolution; the side that can be cut into more parts is split.
-    devices: others than this process's.
+    devices: by default those of this process.
   """
   devices = np.array(jax.local_devices() if devices is None else devices)
   down, across = _parts(rows, len(devices)), _parts(columns, len(devices))

@@ -217,7 +217,9 @@ def test_a_network_that_continues_a_picture_is_refused(tmp_path):
   config = tiny_config.get_i2v(tiny_config.write_weights(str(tmp_path), i2v=True))
   params = weights.load(config.weights.student, 'dit', recipe.build(config).model)
   path = weights.export(str(tmp_path), 'generator', params, config)
-  with pytest.raises(InputError, match='continues a picture, and the prompts of --vbench come with'):
+  with pytest.raises(
+    InputError, match='continues a picture, and the prompts of --vbench come with'
+  ):
     benchmark.export(_args(path, tmp_path))
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from salt_jax import codec
+from salt_jax import codec, codec_memory
 from salt_jax.diffusion.conditioning import known_video
 from salt_jax.errors import InputError
 from salt_jax.models import vae
@@ -106,3 +106,14 @@ def test_no_array_of_a_part_at_480p_grows_with_the_video():
   jaxpr = jax.make_jaxpr(call)(vae.param_shapes(cfg), z, cache)
   largest = max(v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars)
   assert largest <= 6 * 480 * 832 * 192
+
+
+@pytest.mark.parametrize('encode', [False, True])
+def test_the_memory_of_a_part_is_at_least_what_it_carries(encode):
+  made = codec_memory.lowered(jax.devices()[:1], (8, 12), 1, SHALLOW, encode).compile()
+  found = codec_memory.figures(made)
+  empty = vae.init_encode_cache if encode else vae.init_decode_cache
+  carried = jax.eval_shape(lambda: empty(SHALLOW, 1, *((8, 12) if encode else (4, 6))))
+  size = sum(4 * x.size for x in jax.tree.leaves(carried))
+  assert found['kept'] * 2**30 >= size and found['temporary'] > 0
+  assert found['all'] == found['kept'] + found['temporary']

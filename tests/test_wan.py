@@ -14,7 +14,7 @@ import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from einops import rearrange
 
-from salt_jax import convert
+from salt_jax import convert, weights
 from salt_jax.errors import InputError
 from salt_jax.models import cache as caches
 from salt_jax.models import rope, wan
@@ -350,3 +350,14 @@ def test_features_are_the_tap_of_the_whole_network_and_run_nothing_behind_it():
     if e.primitive.name == 'scan'
   )
   assert loop.params['length'] == layer + 1
+
+
+def test_narrowed_parameters_make_the_same_bits():
+  """What a sampler keeps narrow, the model would have rounded itself; time and head stay wide."""
+  cfg = dataclasses.replace(tiny.WAN, dtype='bfloat16')
+  x, t, text = tiny.latents(0), tiny.levels(1), tiny.prompt()
+  run = jax.jit(lambda params: wan.apply(params, x, t, text, wan.Clip(), cfg)[0])
+  params = tiny.params()
+  narrow = weights.narrowed(params, cfg.dtype)
+  assert narrow['blocks']['ffn_0']['kernel'].dtype == jnp.bfloat16
+  np.testing.assert_array_equal(run(narrow), run(params))
