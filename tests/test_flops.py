@@ -14,7 +14,7 @@ import pytest
 from configs import causal_init, dmd, pretrain, selfforcing
 from salt_jax import causal_steps, flops, recipe, step, weights
 from salt_jax import state as states
-from salt_jax.diffusion.rollout import Chunking, empty_cache
+from salt_jax.diffusion.rollout import Chunking, empty_cache, rollout, student_plan
 from salt_jax.models import text as text_model
 from salt_jax.models import wan
 from salt_jax.models.cache import visible_runs
@@ -48,6 +48,8 @@ def products(jaxpr, passes=None, names='', scale=1, found=None) -> collections.C
       times = scale * eqn.params['length']
     elif eqn.primitive.name == 'while':
       times = scale * passes[scope]
+    elif eqn.primitive.name == 'cond' and len(eqn.params['branches']) > 2:
+      times = scale / len(eqn.params['branches'])  # chunks of a loop, each as often as the others
     for inner in jax.tree.leaves(tuple(eqn.params.values()), is_leaf=_is_program):
       if _is_program(inner):
         products(getattr(inner, 'jaxpr', inner), passes, stack, times, found)
@@ -137,6 +139,23 @@ def test_a_chunk_and_a_cached_clip_against_the_traced_pass(window, sink):
   assert _traced(apply, params, x, t, text) == sum(flops.chunk_causal(cfg, chunking).values())
 
 
+@pytest.mark.parametrize('window, sink', [(None, 0), (5, 1)])
+def test_a_loop_over_chunks_multiplies_no_more_than_the_chunks_by_themselves(window, sink):
+  cfg, chunking = tiny.WAN, tiny.chunking(window=window, sink=sink)
+  plan = student_plan(chunking, jnp.array([1.0, 0.5, 0.0]), jnp.int32(1))
+  args = wan.param_shapes(cfg), tiny.keys(1), tiny.prompt(batch=1)
+
+  def count(unroll):
+    static = dataclasses.replace(chunking, unroll=unroll)
+
+    def run(*args):
+      return rollout(functools.partial(wan.apply, cfg=cfg), *args, plan.replace(chunking=static))
+
+    return products(jax.make_jaxpr(run)(*args).jaxpr, {'': 1}).total()
+
+  assert count(False) == pytest.approx(count(True), rel=1e-9)
+
+
 @pytest.mark.parametrize('window, sink', [(None, 0), (6, 0), (9, 3), (12, 3), (21, 3), (30, 3)])
 def test_frames_that_a_chunk_sees(window, sink):
   chunking = tiny.chunking(frames=21, chunk=3, window=window, sink=sink)
@@ -194,7 +213,8 @@ def _large(argument, make=selfforcing, **changes):
   return config
 
 
-SHORT = {'video.frames': 21, 'rollout.frames': 6}  # two chunks are traced faster than seven
+# Two chunks are traced faster than seven; unrolled, all that is traced is executed.
+SHORT = {'video.frames': 21, 'rollout.frames': 6, 'rollout.unroll': True}
 STEPS = {
   'salt': (
     _large(

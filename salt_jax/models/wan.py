@@ -150,11 +150,13 @@ class Clip:
 class Chunk:
   """Context of one chunk: its cache and the absolute index of its first frame.
 
-  A Python int as `start` reads a static slice of the cache; an array reads all of it behind a mask.
+  A Python int as `start` reads a static slice of the cache. An array reads all of it behind a mask; but if it is known
+  to be the start of one of the first `chunks` chunks of this length, the static slice of the one that it is.
   """
 
   cache: KVCache
   start: int | Int[Array, '']
+  chunks: int = struct.field(pytree_node=False, default=0)
   taps: tuple[int, ...] = struct.field(pytree_node=False, default=())
 
 
@@ -207,12 +209,20 @@ def _read(q, k, v, ctx, past, kernel):
   frames, tokens = k.shape[1], k.shape[2]
   q, k, v = _tokens(q), _tokens(k), _tokens(v)
   if isinstance(ctx, Chunk):
-    cached_k, cached_v, valid = _behind(ctx.cache, past, ctx.start, frames)
-    k = jnp.concatenate([k, cached_k], axis=1)
-    v = jnp.concatenate([v, cached_v], axis=1)
-    if valid is not None:
-      valid = jnp.concatenate([jnp.ones(frames * tokens, bool), valid])
-    return attention.attend(q, k, v, valid, kernel)
+
+    def read(start, q, k, v, past):
+      cached_k, cached_v, valid = _behind(ctx.cache, past, start, frames)
+      k = jnp.concatenate([k, cached_k], axis=1)
+      v = jnp.concatenate([v, cached_v], axis=1)
+      if valid is not None:
+        valid = jnp.concatenate([jnp.ones(frames * tokens, bool), valid])
+      return attention.attend(q, k, v, valid, kernel)
+
+    if not ctx.chunks or isinstance(ctx.start, _Known):
+      return read(ctx.start, q, k, v, past)
+    # One branch a chunk: one program for all of them, in which nothing hidden is ever multiplied.
+    branches = [functools.partial(read, i * frames) for i in range(ctx.chunks)]
+    return jax.lax.switch(ctx.start // frames, branches, q, k, v, past)
   if ctx.chunk is None:
     return attention.attend(q, k, v, kernel=kernel)
   before = None
