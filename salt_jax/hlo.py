@@ -1,8 +1,9 @@
 """What a compiled program sends between devices, read from its HLO text.
 
 The text holds each loop once, so what is inside is multiplied by the trip count of the loop. A scan's is the constant
-its counter is compared with; a loop whose end is an array has none, and the caller says what to take. Of the branches
-of a condition all are counted.
+its counter is compared with; a loop whose end is an array has none, and the caller says what to take. Both branches of a
+condition are counted, for the other one of a term that sleeps is empty; of a switch of more, each as often as the
+others, for it is that of a loop over chunks.
 """
 
 import dataclasses
@@ -87,6 +88,8 @@ def executed(text: str, loops: float = 1.0) -> Iterator[tuple[str, Instruction, 
       inner = times
       if one.code == 'while':
         inner = times * _trips(one, bodies[name], bodies, loops)
+      elif one.code == 'conditional' and len(_called(one)) > 2:
+        inner = times / len(_called(one))
       stack += [(called, inner) for called in _called(one) if called in bodies]
 
 

@@ -110,6 +110,17 @@ def smallest(
   )
 
 
+def resolved(config: ConfigDict, slice_: Slice) -> ConfigDict:
+  """The config with the sizes that its mesh has on a slice.
+
+  Raises:
+    InputError: a mesh that does not make up the devices.
+  """
+  sized = ConfigDict(config.to_dict())
+  sized.mesh.update(sharding.make_mesh(config.mesh, slices.devices(slice_)).shape)
+  return sized
+
+
 def meshed(config: ConfigDict, slice_: Slice) -> ConfigDict:
   """The config with a mesh for a slice: a clip a device while the batch lasts, then a clip over several."""
   sized = ConfigDict(config.to_dict())
@@ -315,6 +326,7 @@ def program() -> None:
   config, failed, names = args.config, [], tuple(args.programs)
   if args.slice:
     slice_ = slices.parse(args.slice)
+    config = resolved(config, slice_)
     made = plan(config, slice_, names)
   else:
     config, slice_, made, failed = smallest(config, args.smallest, names)

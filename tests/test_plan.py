@@ -234,6 +234,25 @@ def test_a_loop_of_unknown_length_counts_as_often_as_is_said():
     assert found['bytes'] == pytest.approx(loops * size) or found['bytes'] == pytest.approx(size)
 
 
+def test_a_switch_in_a_loop_counts_each_branch_as_often_as_the_others():
+  """A loop over three chunks, each of which gathers another number of rows."""
+  mesh = _mesh()
+
+  def f(x, w):
+    def some(rows):
+      whole = lambda w: jax.lax.with_sharding_constraint(w[:rows], NamedSharding(mesh, P()))  # noqa: E731
+      return lambda x, w: jnp.tanh(x @ whole(w).T).sum(1, keepdims=True) + x
+
+    branches = [some(128 * (i + 1)) for i in range(3)]
+    return jax.lax.fori_loop(0, 3, lambda i, x: jax.lax.switch(i, branches, x, w), x)
+
+  shapes = (((64, WIDTH), jnp.bfloat16), ((WIDTH, WIDTH), jnp.bfloat16))
+  text = _compiled(f, mesh, (P('fsdp'), P(None, 'fsdp')), P('fsdp'), *shapes)
+  found = hlo.summed(hlo.collectives(text))['all-gather']
+  assert found['count'] == pytest.approx(3)
+  assert found['bytes'] == pytest.approx((1 + 2 + 3) * 128 * WIDTH * 2)
+
+
 def test_gradients_of_split_parameters_are_scattered():
   """A product whose contraction is split leaves partial sums: one sum for what is whole, or a scattered one."""
   mesh = _mesh()
@@ -305,7 +324,6 @@ def test_what_is_executed_is_what_the_formula_says(chunk, remat, folder):
       'schedule.steps': (4,),
       'schedule.probs': (1.0,),
       'rollout.chunk': chunk,
-      'rollout.unroll': True,
       'model.remat': remat,
     }
   )
