@@ -1,8 +1,8 @@
 """What a compiled program sends between devices, read from its HLO text.
 
 The text holds each loop once, so what is inside is multiplied by the trip count of the loop. A scan's is the constant
-its counter is compared with; a loop whose end is an array has none, and the caller says what to take. Both branches of a
-condition are counted, for the other one of a term that sleeps is empty; of a switch of more, each as often as the
+its counter is compared with; a loop whose end is an array has none, and the caller says what to take. Both branches of
+a condition are counted, for the other one of a term that sleeps is empty; of a switch of more, each as often as the
 others, for it is that of a loop over chunks.
 """
 
