@@ -263,5 +263,14 @@ def first_frames(config: ConfigDict) -> None:
 
 def rollout(size: str, **changes) -> ConfigDict:
   """How the student generates: chunks of 3 of 21 latent frames, full cache."""
-  fields = dict(frames=21, chunk=3, sink=0, window=0, mode='sde', unroll=False, context_noise=0.0)
+  fields = dict(
+    frames=21,
+    chunk=3,
+    sink=0,
+    window=0,
+    mode='sde',
+    unroll=False,
+    branches=size != 'nano',
+    context_noise=0.0,
+  )
   return ConfigDict(fields | changes)

@@ -177,6 +177,7 @@ def chunking(config: ConfigDict, frames: int | None = None) -> Chunking:
     window=roll.window or None,
     mode=roll.mode,
     unroll=roll.unroll,
+    branches=roll.branches,
     context_noise=roll.context_noise,
     dtype=model.dtype,
   )

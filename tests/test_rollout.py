@@ -76,12 +76,13 @@ def test_equals_the_loop_written_out(exit_step, noise, chunk):
 
 @pytest.mark.parametrize(('sink', 'window'), [(0, None), (0, 4), (1, 4)])
 def test_loop_and_unrolled_agree(sink, window):
-  one, other = (
-    _roll(tiny.params(), jnp.int32(1), tiny.chunking(sink=sink, window=window, unroll=u))
-    for u in (True, False)
+  one, *others = (
+    _roll(tiny.params(), jnp.int32(1), tiny.chunking(sink=sink, window=window, **ways))
+    for ways in (dict(unroll=True), dict(unroll=False), dict(unroll=False, branches=False))
   )
-  np.testing.assert_allclose(one.x0, other.x0, atol=1e-4)
-  np.testing.assert_allclose(one.cache.v, other.cache.v, atol=1e-4)
+  for other in others:
+    np.testing.assert_allclose(one.x0, other.x0, atol=1e-4)
+    np.testing.assert_allclose(one.cache.v, other.cache.v, atol=1e-4)
 
 
 def test_a_window_as_long_as_the_clip_is_the_full_cache_and_a_short_one_is_not():

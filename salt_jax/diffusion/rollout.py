@@ -42,8 +42,9 @@ class Chunking:
     sink: first frames that stay visible.
     window: frames a chunk may see; None is all.
     mode: what `student_plan` makes of the steps: 'sde' re-noises with fresh noise in between, 'ode' takes Euler steps.
-    unroll: one program a chunk; otherwise one loop, in which attention alone knows the chunks apart. Both read of the
-      cache what they may see and no more. The loop is compiled in a fraction of the time.
+    unroll: one program a chunk, each with a static slice of the cache; otherwise one loop.
+    branches: in the loop attention has a branch a chunk, each with such a slice; otherwise it reads the whole cache behind
+      a mask, which small models compile faster and large ones pay for.
     context_noise: sigma at which the finished chunk is cached.
     dtype: of the cache.
   """
@@ -56,6 +57,7 @@ class Chunking:
   window: int | None = None
   mode: str = 'sde'
   unroll: bool = True
+  branches: bool = True
   context_noise: float = 0.0
   dtype: str = 'bfloat16'
 
@@ -276,7 +278,8 @@ def _unrolled(apply, params, key, text, plan, past):
 
 def _loop(apply, params, key, text, plan, past):
   chunking = plan.chunking
-  chunks = chunking.frames // chunking.chunk if isinstance(past.start, int) else 0
+  known = chunking.branches and isinstance(past.start, int)
+  chunks = chunking.frames // chunking.chunk if known else 0
 
   def body(i, carry):
     x0, exit_x, cache = carry
