@@ -177,7 +177,8 @@ def chunking(config: ConfigDict, frames: int | None = None) -> Chunking:
     window=roll.window or None,
     mode=roll.mode,
     unroll=roll.unroll,
-    branches=roll.branches,
+    # Files of before this field are read too.
+    **{name: roll[name] for name in ('branches',) if name in roll},
     context_noise=roll.context_noise,
     dtype=model.dtype,
   )
