@@ -8,6 +8,7 @@ set -euo pipefail
 
 folder=${1:-launch/plans}
 python=${PYTHON:-python3}
+# shellcheck disable=SC2054  # a comma is part of a config's argument
 configs=(
   selfforcing.py
   selfforcing.py:teacher=1.3b

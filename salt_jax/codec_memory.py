@@ -54,7 +54,7 @@ def lowered(
     run, shape = codec._encode_part, (1, part * cfg.time, *size, 3)
     features = functools.partial(vae.init_encode_cache, cfg, 1, *size)
   else:
-    run, shape = codec._decode_part, (1, part, rows, columns, cfg.z_dim)
+    run, shape = codec.decode_part, (1, part, rows, columns, cfg.z_dim)
     features = functools.partial(vae.init_decode_cache, cfg, 1, rows, columns)
   given = (jax.ShapeDtypeStruct(shape, jnp.float32), jax.eval_shape(features))
   params = placed(vae.param_shapes(cfg), replicated(where.mesh) if where else alone)

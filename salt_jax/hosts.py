@@ -107,7 +107,7 @@ def _where(args: flags.FlagValues) -> dict[str, Any]:
   given = {'coordinator': args.coordinator, 'host_count': args.host_count, 'host': args.host}
   named = [f'--{name}' for name, value in given.items() if value is not None]
   if not args.multihost:
-    if any(flags.FLAGS[name].present for name in given):
+    if any(name in flags.FLAGS and flags.FLAGS[name].present for name in given):
       raise InputError(f'{", ".join(named)} is for several hosts: pass --multihost too.')
     return {}
   if (args.host is None) != (args.host_count is None):

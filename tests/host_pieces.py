@@ -8,7 +8,7 @@ import ml_collections
 import numpy as np
 from absl import flags
 
-from salt_jax import checkpoint, cli, hosts, sharding, store
+from salt_jax import checkpoint, cli, convert, hosts, run_weights, sharding, store
 from salt_jax.errors import InputError
 
 folder = os.environ['FOLDER']
@@ -80,7 +80,7 @@ def alone(me):
   saved.close()
   if me == 0:
     np.testing.assert_array_equal(
-      checkpoint.restore_network(folder + '/checkpoints', 'net_ema')['x'], 1
+      convert.read(run_weights.load(folder + '/checkpoints', 'net_ema'), np.float32)['x'], 1
     )
 
 

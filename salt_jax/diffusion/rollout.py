@@ -43,8 +43,8 @@ class Chunking:
     window: frames a chunk may see; None is all.
     mode: what `student_plan` makes of the steps: 'sde' re-noises with fresh noise in between, 'ode' takes Euler steps.
     unroll: one program a chunk, each with a static slice of the cache; otherwise one loop.
-    branches: in the loop attention has a branch a chunk, each with such a slice; otherwise it reads the whole cache behind
-      a mask, which small models compile faster and large ones pay for.
+    branches: in the loop attention has a branch a chunk, each with such a slice; otherwise it reads the whole cache
+      behind a mask, which small models compile faster and large ones pay for.
     context_noise: sigma at which the finished chunk is cached.
     dtype: of the cache.
   """

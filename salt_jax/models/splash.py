@@ -18,8 +18,8 @@ SAVED = (
   'attention'  # name of the result for a remat policy; keeping it spares the kernel's forward pass
 )
 LANES = 128  # all blocks are multiples
-# Largest (queries, keys, keys at once) of a block, by device kind: 4,680 tokens, a chunk of 480x832, pad to 4,992. Larger
-# tiles may run faster and take several times as long to compile; none of these has been timed.
+# Largest (queries, keys, keys at once) of a block, by device kind: 4,680 tokens, a chunk of 480x832, pad to 4,992.
+# Larger tiles may run faster and take several times as long to compile; none of these has been timed.
 BLOCKS = dict.fromkeys(
   ('TPU v4', 'TPU v5', 'TPU v5 lite', 'TPU v6 lite', 'TPU7x'), (1664, 2048, 512)
 )
