@@ -197,6 +197,7 @@ def test_four_hosts_and_another_mesh_read_what_two_saved(weights, two, tmp_path)
   _assert_same_run(two, tmp_path)
 
 
+@pytest.mark.slow
 def test_one_process_with_one_device_goes_on_where_two_hosts_were(weights, two, tmp_path):
   shutil.copytree(two, tmp_path, dirs_exist_ok=True)
   shutil.rmtree(tmp_path / 'checkpoints' / '4')
@@ -306,6 +307,7 @@ for run in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_elsewhere_from_the_bucket(weights, one, tmp_path):
   """The second machine has none of the first one's files, and ends in the bits of a run without a bucket."""
   there = bucket.Bucket()

@@ -103,6 +103,7 @@ def _wait_for_kill(process, workdir, when):
   return False
 
 
+@pytest.mark.slow  # test_hosts kills at random
 def test_killed_runs_go_on_and_end_bit_identical(finished, weights, tmp_path):
   """One kill in the middle of a save, one right after a save, one while starting up."""
   moments = [
@@ -128,6 +129,7 @@ def test_starting_a_finished_run_again_changes_nothing(finished, weights):
   assert _fingerprints(finished[0], 6) == before
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one(finished, weights, tmp_path):
   mesh = dict(data=2, fsdp=4)
   flags = [f'--config.mesh.{axis}={size}' for axis, size in mesh.items()]
