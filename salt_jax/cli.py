@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 
+import jax
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
@@ -61,9 +62,12 @@ def run(program: Callable[[], None], define: Callable[[], None] = lambda: None) 
 def _leave_tpu_alone() -> None:
   """Where libtpu is installed and no TPU is, JAX would look for one, and print pages of warnings."""
   devices = glob.glob('/dev/accel*') + glob.glob('/dev/vfio/*')
+  devices += [
+    name for name in os.environ if name.startswith('TPU_')
+  ]  # set on the machines of slices
   plugins = importlib.metadata.entry_points(group='jax_plugins')  # those of GPUs
-  if importlib.util.find_spec('libtpu') and not devices and not plugins:
-    os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+  if importlib.util.find_spec('libtpu') and not (devices or plugins or jax.config.jax_platforms):
+    jax.config.update('jax_platforms', 'cpu')
 
 
 def define_config(help_string: str, default: str | None = None) -> flags.FlagHolder[ConfigDict]:
