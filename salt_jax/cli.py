@@ -62,9 +62,8 @@ def run(program: Callable[[], None], define: Callable[[], None] = lambda: None) 
 def _leave_tpu_alone() -> None:
   """Where libtpu is installed and no TPU is, JAX would look for one, and print pages of warnings."""
   devices = glob.glob('/dev/accel*') + glob.glob('/dev/vfio/*')
-  devices += [
-    name for name in os.environ if name.startswith('TPU_')
-  ]  # set on the machines of slices
+  # The machines of slices have such variables.
+  devices += [name for name in os.environ if name.startswith('TPU_')]
   plugins = importlib.metadata.entry_points(group='jax_plugins')  # those of GPUs
   if importlib.util.find_spec('libtpu') and not (devices or plugins or jax.config.jax_platforms):
     jax.config.update('jax_platforms', 'cpu')
