@@ -164,8 +164,8 @@ def _loss_of(name, rec, state, frozen, batch):
   'name, changes',
   [
     ('ar', {}),
-    ('ar', {'forcing.context': 'diffusion'}),
-    ('causal_ode', {}),
+    pytest.param('ar', {'forcing.context': 'diffusion'}, marks=pytest.mark.slow),
+    pytest.param('causal_ode', {}, marks=pytest.mark.slow),
     ('causal_cd', {}),
   ],
 )

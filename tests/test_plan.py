@@ -312,7 +312,9 @@ def _products(text, loops):
   return total
 
 
-@pytest.mark.parametrize('chunk, remat', [(6, False), (3, True)])
+@pytest.mark.parametrize(
+  'chunk, remat', [pytest.param(6, False, marks=pytest.mark.slow), (3, True)]
+)
 def test_what_is_executed_is_what_the_formula_says(chunk, remat, folder):
   config = tiny_config.get_config(folder)
   config.batch = 2

@@ -149,8 +149,10 @@ def test_generator_and_critic_draw_apart_and_alike_on_every_host(folder):
   'changes',
   [
     {'consistency.target': 'ema'},
-    {'consistency.stop_grad': 'none'},
-    {'reference.share_exit_input': True, 'alignment.margin': 0.0},
+    pytest.param({'consistency.stop_grad': 'none'}, marks=pytest.mark.slow),
+    pytest.param(
+      {'reference.share_exit_input': True, 'alignment.margin': 0.0}, marks=pytest.mark.slow
+    ),
     {'alignment.network': 'student', 'alignment.kind': 'mmd'},
     {'alignment.kind': 'latents', 'reference.map': ((2, (4,)), (4, (8,)))},
   ],
@@ -180,6 +182,7 @@ def test_the_shared_exit_input_isolates_the_cache(folder, draws_of_steps):
   assert 0 < float(shared['loss_alignment']) != float(plain['loss_alignment']) > 0
 
 
+@pytest.mark.slow
 def test_the_frame_wise_student(folder):
   """Six chunks of one frame: the rollout asks once a frame and step, and both networks are trained."""
   rec, state, frozen, batch = _setup(folder, **{'rollout.chunk': 1})

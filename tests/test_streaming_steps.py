@@ -193,6 +193,7 @@ def finished(folder, tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow
 def test_a_run_stopped_in_the_middle_of_a_stream_ends_bit_identical(folder, finished, tmp_path):
   config = tiny_config.get_streaming(folder)
   config.total_steps = 3
@@ -202,6 +203,7 @@ def test_a_run_stopped_in_the_middle_of_a_stream_ends_bit_identical(folder, fini
   assert _fingerprints(tmp_path, 6) == _fingerprints(finished, 6)
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one(folder, finished, tmp_path):
   """The carried cache is split over the devices as batches are."""
   env = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
