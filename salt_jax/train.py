@@ -42,13 +42,12 @@ FREE = (
 
 
 class _Call(NamedTuple):
-  """A step of an iteration: how often, its compiled function, its batches, and FLOPs of a batch at an iteration."""
+  """A step of an iteration: how often, its compiled function and its batches."""
 
   name: str
   every: int
   run: Callable
   batches: Iterator
-  cost: Callable[[int], float]
 
 
 def run(config: ConfigDict, workdir: str, profile: str | None = None) -> dict[str, int]:
@@ -111,10 +110,19 @@ def _run(config: ConfigDict, rec, mesh, workdir: str, outside: tuple) -> dict[st
 
   traces = collections.Counter()
   layout = programs.Layout(placed, frozen_placed, mesh)
-  calls = _calls(config, rec, stage.steps, layout, (traces, start))
+  calls = [
+    _Call(
+      spec.name,
+      spec.every,
+      programs.step(spec, rec, layout, traces),
+      _feed(spec, config, start, mesh),
+    )
+    for spec in stage.steps
+  ]
   writer, progress = Writer(workdir, start), Progress(config.total_steps, mesh.devices.flatten())
-  progress.announce({call.name: call.cost(start) / config.batch for call in calls})
+  progress.announce(_costs(config, rec, start))
   profiler = Profiler(profiled, os.path.join(workdir, 'profile'))
+  guard = functools.partial(_guarded, traces=traces, progress=progress)
   waiting, spent, left = None, 0.0, None
 
   def flush():
@@ -139,9 +147,10 @@ def _run(config: ConfigDict, rec, mesh, workdir: str, outside: tuple) -> dict[st
         left = n
         break
       profiler.before(n + 1, state)
-      guard = functools.partial(_guarded, traces=traces, progress=progress)
       state, scalars = _iterate(n, state, frozen, calls, (mesh, guard))
-      spent += sum(call.cost(n) for call in calls if n % call.every == 0)
+      costs = _costs(config, rec, n)
+      due = (call.name for call in calls if n % call.every == 0)
+      spent += config.batch * sum(costs.get(name, 0.0) for name in due)
       if profiler.after(n + 1, state):
         progress.restart(n + 1, spent)
       scalars |= watch(state.ema, frozen, n + 1)
@@ -203,22 +212,10 @@ def _announce(config: ConfigDict, mesh, start: int, networks: tuple) -> None:
   )
 
 
-def _calls(config: ConfigDict, rec, specs: Sequence[stages.StepSpec], layout, at: tuple):
-  traces, start = at
-
-  def cost(name: str, n: int) -> float:
-    return config.batch * sum(part.flops for part in flops.of_steps(config, rec, n).get(name, ()))
-
-  return [
-    _Call(
-      spec.name,
-      spec.every,
-      programs.step(spec, rec, layout, traces),
-      _feed(spec, config, start, layout.mesh),
-      functools.partial(cost, spec.name),
-    )
-    for spec in specs
-  ]
+def _costs(config: ConfigDict, rec, n: int) -> dict[str, float]:
+  """FLOPs of each step for one example, at iteration n."""
+  parts = flops.of_steps(config, rec, n)
+  return {name: sum(part.flops for part in found) for name, found in parts.items()}
 
 
 def _iterate(n: int, state, frozen, calls: Sequence[_Call], around: tuple) -> tuple:

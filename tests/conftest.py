@@ -4,6 +4,10 @@ import os
 import pathlib
 import tempfile
 
+import pytest
+
+from tests import clouds
+
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['HF_HUB_OFFLINE'] = '1'
 # Subprocesses that tests start inherit the cache too.
@@ -11,3 +15,15 @@ _cache = os.path.join(tempfile.gettempdir(), f'salt_jax_test_cache_{os.getuid()}
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', _cache)
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
 os.environ.setdefault('PYTHONPATH', str(pathlib.Path(__file__).parents[1]))
+
+
+@pytest.fixture(scope='module')
+def checkout(tmp_path_factory):
+  """A checkout of the launcher, for the tests of launch/gcp_tpu.sh."""
+  yield from clouds.make_checkout(tmp_path_factory)
+
+
+@pytest.fixture
+def cloud(tmp_path, checkout):
+  """A world in which its calls of gcloud end."""
+  yield from clouds.make_cloud(tmp_path, checkout)

@@ -8,18 +8,7 @@ import sys
 
 import pytest
 
-from tests import clouds
 from tests.clouds import FLAGS, NASTY, ROOT, Cloud, wait_for
-
-
-@pytest.fixture(scope='module')
-def checkout(tmp_path_factory):
-  yield from clouds.make_checkout(tmp_path_factory)
-
-
-@pytest.fixture
-def cloud(tmp_path, checkout):
-  yield from clouds.make_cloud(tmp_path, checkout)
 
 
 def test_flags_reach_the_program_of_every_worker_exactly(cloud):

@@ -7,18 +7,7 @@ import threading
 
 import pytest
 
-from tests import clouds
 from tests.clouds import FLAGS, NASTY, wait_for
-
-
-@pytest.fixture(scope='module')
-def checkout(tmp_path_factory):
-  yield from clouds.make_checkout(tmp_path_factory)
-
-
-@pytest.fixture
-def cloud(tmp_path, checkout):
-  yield from clouds.make_cloud(tmp_path, checkout)
 
 
 def test_queued_slices_over_two_nodes(cloud):
