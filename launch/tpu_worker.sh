@@ -60,6 +60,12 @@ install() {
   ln -sfn "${here##*/}" "${here%/*}/current"
 }
 
+# A dead process that nobody has collected takes signals still, so kill -0 alone would not do.
+alive() {
+  local stat
+  { stat=$(< "/proc/$1/stat"); } 2> /dev/null && [[ ${stat##*) } != [ZX]* ]]
+}
+
 state() {
   local place=$runs/$1
   if [[ -e $place/stopped && -s $place/exit_code && $(< "$place/exit_code") != 0 ]]; then
@@ -68,7 +74,7 @@ state() {
     echo "exit $(< "$place/exit_code")"
   elif [[ ! -s $place/pid ]]; then
     echo absent
-  elif [[ $(< "$place/boot") == "$boot" ]] && kill -0 "$(< "$place/pid")" 2> /dev/null; then
+  elif [[ $(< "$place/boot") == "$boot" ]] && alive "$(< "$place/pid")"; then
     echo running
   else
     echo lost
@@ -129,8 +135,10 @@ follow() {
     say "there is no run $1 here" >&2
     return 4
   fi
+  local wait=${SALT_JAX_TPU_WAIT:-1}
   if [[ $(state "$1") == running ]]; then
-    tail -c "+$from" --pid="$(< "$place/pid")" -s "${SALT_JAX_TPU_WAIT:-1}" -f "$place/log"
+    while alive "$$" && [[ $(state "$1") == running ]]; do sleep "$wait"; done &
+    tail -c "+$from" --pid="$!" -s "$wait" -f "$place/log"
   else
     tail -c "+$from" "$place/log"
   fi

@@ -1,5 +1,6 @@
 """launch/gcp_tpu.sh against a stand-in for gcloud: runs that are followed, dropped, taken away, resumed; that fail."""
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -167,6 +168,16 @@ def test_a_run_told_to_leave_goes_on_in_the_same_slice(cloud):
   assert list((cloud.home() / 'salt_jax_runs/main').glob('log.*'))
 
 
+@pytest.fixture
+def nobody_collects_the_dead():
+  """Orphans come to this process, which leaves them as they are, as a container's first process may."""
+  set_child_subreaper = 36
+  ctypes.CDLL(None).prctl(set_child_subreaper, 1, 0, 0, 0)
+  yield
+  ctypes.CDLL(None).prctl(set_child_subreaper, 0, 0, 0, 0)
+
+
+@pytest.mark.usefixtures('nobody_collects_the_dead')
 def test_a_machine_that_goes_down_and_one_that_is_cut_off(cloud):
   cloud.pod('v4-8')
   cloud.set('program', {'1.pod.0': {'until': 'never'}})

@@ -139,16 +139,40 @@ def make_machines(nodes, name, value):
     (STATE / 'machines' / name / str(worker)).mkdir(parents=True)
 
 
+def living(group):
+  """Whether a process of this group is left that can still write; a dead one may wait long for its parent."""
+  for path in pathlib.Path('/proc').glob('[0-9]*/stat'):
+    try:
+      state, _, number = path.read_text().rpartition(')')[2].split()[:3]
+    except (FileNotFoundError, ProcessLookupError):
+      continue
+    if int(number) == group and state not in 'ZX':
+      return True
+  return False
+
+
+def power_off(machine):
+  """Ends what runs there; what finds the disk again finds it under another boot."""
+  import signal
+  import time
+
+  for pid in machine.glob('salt_jax_runs/*/pid'):
+    group = int(pid.read_text())
+    try:
+      os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+      pass
+    while living(group):
+      time.sleep(0.01)
+    pid.with_name('boot').write_text('the boot before\n')
+
+
 def take_away(nodes, name, state):
   """Ends what runs on the node, with everything on its disks."""
   import shutil
-  import signal
 
-  for pid in (STATE / 'machines' / name).glob('*/salt_jax_runs/*/pid'):
-    try:
-      os.killpg(int(pid.read_text()), signal.SIGKILL)
-    except ProcessLookupError:
-      pass
+  for machine in (STATE / 'machines' / name).iterdir():
+    power_off(machine)
   shutil.rmtree(STATE / 'machines' / name)
   nodes[name]['state'] = state
 
@@ -305,8 +329,7 @@ def interrupt(process, cut, name, world):
   what = cut.pop(0)
   save('cut.json', cut)
   if what == 'repair':
-    (run,) = log.glob('salt_jax_runs/*/pid')
-    os.killpg(int(run.read_text()), signal.SIGKILL)
+    power_off(log)
     world['nodes'][name].update(state='REPAIRING', next=['REPAIRING'] * 30 + ['READY'])
   elif what != 'drop':
     take_away(world['nodes'], name, 'PREEMPTED')
