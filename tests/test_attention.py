@@ -56,16 +56,63 @@ def test_splash_is_dense_attention_at_lengths_that_need_padding(ring):
   _agree(lambda q, k, v, kernel: attention.attend(q, k, v, valid, kernel), args)
 
 
-def test_splash_is_dense_attention_chunk_by_chunk():
-  """150 tokens a chunk, no multiple of 128: a clip of three, and a chunk behind cached keys that are partly hidden."""
-  args = _qkv(450, 450)
-  _agree(lambda q, k, v, kernel: attention.chunk_causal((q, k, v), 150, None, kernel), args)
-  old, seen = _qkv(1, 100, seed=5)[1:], jnp.arange(100) % 3 > 0
+def _clip(q, k, v, kernel):
+  return attention.chunk_causal((q, k, v), 150, None, kernel)
 
-  def behind(q, k, v, kernel):
-    return attention.chunk_causal((q, k, v), 150, lambda i: (*old, seen), kernel)
 
-  _agree(behind, _qkv(150, 150))
+def _behind(q, k, v, kernel):
+  """Three chunks, each behind as many frames of a cache as come before it, of which some are hidden besides."""
+  old = _qkv(1, 300, seed=5)[1:]
+  at = jnp.arange(300)
+  return attention.chunk_causal(
+    (q, k, v), 150, lambda i: (*old, (at < 100 * i) & (at % 7 > 0)), kernel
+  )
+
+
+@pytest.mark.parametrize('fn', [_clip, _behind])
+def test_splash_is_dense_attention_chunk_by_chunk(fn):
+  """150 tokens a chunk, no multiple of 128."""
+  _agree(fn, _qkv(450, 450))
+
+
+def test_blocks_of_hidden_keys_are_not_multiplied():
+  """Blocks of 256: NaN behind the last key that is seen, and in a block between, would spoil whatever they touch."""
+  at = jnp.arange(1280)
+  valid = (at < 700) & ~((at >= 256) & (at < 512))
+  q, k, v = _qkv(150, 1280)
+  hidden = (at // 256 == 1) | (at >= 768)
+  broken = (jnp.where(hidden[:, None, None], jnp.nan, x) for x in (k, v))
+
+  def read(q, k, v, kernel):
+    return attention.attend(q, k, v, valid, kernel)
+
+  want = _value_and_grads(read, (q, k, v), attention.DENSE)
+  for got, right in zip(_value_and_grads(read, (q, *broken), SPLASH), want, strict=True):
+    np.testing.assert_allclose(got, right, atol=5e-6 * float(jnp.abs(right).max()), rtol=0)
+
+
+@pytest.mark.parametrize(
+  'some', ['1000', '0001', '0110', '1011', '1111'], ids=lambda word: f'blocks {word}'
+)
+def test_a_block_that_is_passed_over_loads_the_next(some):
+  some = [word == '1' for word in some]
+  by_keys, by_queries, computed = splash.tables(jnp.repeat(jnp.asarray(some), 128), 3, 128)
+  seen = [i for i, one in enumerate(some) if one]
+  following = [next((j for j in seen if j >= i), seen[0]) for i in range(4)]
+  np.testing.assert_array_equal(by_keys, [[following] * 3])
+  np.testing.assert_array_equal(computed, [[some] * 3])
+  np.testing.assert_array_equal(by_queries[0], np.arange(3)[:, None] + [0] * 4)
+
+
+@pytest.mark.parametrize('kind', splash.BLOCKS)
+def test_little_is_multiplied_for_nothing(kind):
+  """A rollout at 480x832, seven chunks of 4,680 tokens: what the kernel computes against what is seen."""
+  chunk, keys, computed = 4680, 7 * 4680 + 4680, 0
+  rows, width, _ = splash.chosen(chunk, keys, splash.BLOCKS[kind])
+  for i in range(7):
+    seen = jnp.arange(-(-keys // width) * width) < (i + 1) * chunk
+    computed += int(splash.tables(seen, -(-chunk // rows), width)[2].sum()) * rows * width
+  assert computed <= 1.1 * 28 * chunk**2
 
 
 def test_rows_are_plain_attention_over_flat_tokens():
@@ -180,6 +227,25 @@ def test_a_block_may_keep_its_attention():
     return _kernels(jax.make_jaxpr(jax.grad(loss))(params, tiny.latents(0)).jaxpr)
 
   assert count() == 8 and count(remat_saves=('attention',)) == 6
+
+
+def test_all_chunks_of_a_clip_share_their_kernels():
+  """However many chunks: one kernel forwards and two backwards, and the first is not run again."""
+
+  def loss(q, k, v):
+    return jnp.sum(attention.chunk_causal((q, k, v), 128, None, SPLASH))
+
+  for chunks in (2, 3):
+    args = _qkv(128 * chunks, 128 * chunks)
+    assert _kernels(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(*args).jaxpr) == 3
+
+
+@pytest.mark.parametrize('remat', [False, True])
+def test_what_a_kernel_keeps_between_traces_is_no_tracer(remat):
+  blocks = dict(attention='splash', attention_blocks=(128, 128, 128))
+  cfg = dataclasses.replace(tiny.WAN, dim=256, **blocks)
+  for again in (remat, not remat):
+    wan.param_shapes(dataclasses.replace(cfg, remat=again))
 
 
 def test_only_what_has_a_name_is_kept():

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from salt_jax.errors import InputError
 from salt_jax.models import axes, splash
@@ -35,6 +35,11 @@ class Kernel(NamedTuple):
   name: str = 'dense'
   blocks: tuple[int, ...] = ()
   interpret: bool = False
+
+  @property
+  def skips(self) -> bool:
+    """Whether keys that may not be seen cost nothing, also where only the running program knows which they are."""
+    return self.name == 'splash'
 
 
 DENSE = Kernel()
@@ -168,7 +173,7 @@ def first_valid(x: Float[Array, 'b s n d'], valid: Bool[Array, 's']) -> Float[Ar
 def chunk_causal(
   qkv: Sequence[Float[Array, 'b l n d']],
   chunk: int,
-  past: Callable[[int], tuple[Array, Array, Array | None]] | None = None,
+  past: Callable[[int | Int[Array, '']], tuple[Array, Array, Array | None]] | None = None,
   kernel: Kernel = DENSE,
 ) -> Float[Array, 'b l n d']:
   """Each chunk of `chunk` tokens sees itself, both ways, and the chunks before it.
@@ -177,20 +182,57 @@ def chunk_causal(
     qkv: queries, keys and values of the whole clip; the length is a multiple of `chunk`.
     chunk: tokens in a chunk.
     past: gives the (keys, values) that stand before chunk i, and which of them may be seen, None if all; without
-      it these are the clip's own earlier tokens.
+      it these are the clip's own earlier tokens. i is an array where the kernel skips what may not be seen.
     kernel: as in `attend`.
   """
+  if kernel.skips:
+    return _chunk_loop(qkv, chunk, past, kernel)
   q, k, v = qkv
   outs = []
   for i, start in enumerate(range(0, q.shape[1], chunk)):
-    own, valid = slice(start, start + chunk), None
+    own = slice(start, start + chunk)
     if past is None:
-      keys, values = k[:, : own.stop], v[:, : own.stop]
+      outs.append(attend(q[:, own], k[:, : own.stop], v[:, : own.stop], None, kernel))
     else:
-      before_k, before_v, seen = past(i)
-      keys = jnp.concatenate([before_k, k[:, own]], axis=1)
-      values = jnp.concatenate([before_v, v[:, own]], axis=1)
-      if seen is not None:
-        valid = jnp.concatenate([seen, jnp.ones(chunk, bool)])
-    outs.append(attend(q[:, own], keys, values, valid, kernel))
+      outs.append(attend_behind((q[:, own], k[:, own], v[:, own]), past(i), kernel))
   return jnp.concatenate(outs, axis=1)
+
+
+def attend_behind(
+  own: Sequence[Float[Array, 'b l n d']],
+  before: tuple[Float[Array, 'b s n d'], Float[Array, 'b s n d'], Bool[Array, 's'] | None],
+  kernel: Kernel = DENSE,
+) -> Float[Array, 'b l n d']:
+  """A chunk's queries on its own keys and on those before it.
+
+  Args:
+    own: queries, keys and values of the chunk.
+    before: earlier keys, values, and which of them may be seen; None means all.
+    kernel: as in `attend`.
+  """
+  q, k, v = own
+  before_k, before_v, seen = before
+  valid = None if seen is None else jnp.concatenate([jnp.ones(k.shape[1], bool), seen])
+  keys, values = jnp.concatenate([k, before_k], axis=1), jnp.concatenate([v, before_v], axis=1)
+  return attend(q, keys, values, valid, kernel)
+
+
+def _chunk_loop(qkv, chunk, past, kernel):
+  """The same as one loop over one kernel, where hidden keys cost nothing."""
+  q, k, v = qkv
+  count = q.shape[1] // chunk
+
+  # What the kernel returns is kept for the backward pass; the keys before each chunk are laid out again.
+  @functools.partial(
+    jax.checkpoint,
+    policy=jax.checkpoint_policies.save_only_these_names(SAVED),
+    prevent_cse=False,
+  )
+  def one(i, own):
+    if past is not None:
+      return attend_behind(own, past(i), kernel)
+    return attend(own[0], k, v, jnp.arange(k.shape[1]) < (i + 1) * chunk, kernel)
+
+  parts = tuple(rearrange(x, 'b (i l) n d -> i b l n d', i=count) for x in qkv)
+  _, out = jax.lax.scan(lambda _, x: (None, one(*x)), None, (jnp.arange(count), parts))
+  return rearrange(out, 'i b l n d -> b (i l) n d')

@@ -1,7 +1,8 @@
 """Splash attention of Pallas on TPU, for any lengths: padded to blocks, what is padded never seen.
 
-Full attention is all that is asked of it (`attention.chunk_causal` builds the causal form from it), so there is no
-mask to cut into blocks, and keys that may not be seen, of padding or of a ring, have a segment of their own.
+One kernel serves all that a query may see. Keys that it may not, of padding, of a cache's later frames or of a ring,
+have a segment of their own, and a block of keys that holds nothing else is neither loaded nor multiplied: which blocks
+these are is data, so a step that reads one chunk and a step that reads seven are the same program.
 """
 
 import functools
@@ -9,8 +10,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas.ops.tpu import splash_attention
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from salt_jax.errors import InputError
 
@@ -56,11 +58,11 @@ def block(length: int, largest: int, unit: int = LANES) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def _kernel(heads: int, queries: int, keys: int, blocks: tuple[int, int, int], interpret: bool):
-  """The kernel of one shape, lengths padded; its tables are constants, made once."""
-  block_q, block_kv, compute = blocks
-  mask = splash_attention.MultiHeadMask([splash_attention.FullMask((queries, keys))] * heads)
-  sizes = splash_attention.BlockSizes(
+def _structure(heads: int, sizes: tuple[int, int, int], interpret: bool) -> jax.tree_util.PyTreeDef:
+  """The kernel of these blocks without its tables; it has no length."""
+  block_q, block_kv, compute = sizes
+  one = splash_attention.MultiHeadMask([splash_attention.FullMask((block_q, block_kv))] * heads)
+  blocks = splash_attention.BlockSizes(
     block_q=block_q,
     block_kv=block_kv,
     block_kv_compute=compute,
@@ -70,15 +72,41 @@ def _kernel(heads: int, queries: int, keys: int, blocks: tuple[int, int, int], i
     block_q_dq=block_q,
     block_kv_dq=block_kv,
   )
-  with jax.ensure_compile_time_eval():
-    return splash_attention.make_splash_mha(
-      mask,
-      block_sizes=sizes,
-      head_shards=1,
-      q_seq_shards=1,
-      residual_checkpoint_name=SAVED,
-      interpret=interpret,
-    )
+  kernel = splash_attention.make_splash_mha(
+    one,
+    block_sizes=blocks,
+    head_shards=1,
+    q_seq_shards=1,
+    residual_checkpoint_name=SAVED,
+    interpret=interpret,
+  )
+  return jax.tree.structure(kernel)
+
+
+def tables(
+  seen: Bool[Array, 's'], rows: int, width: int
+) -> tuple[Int[Array, '1 q kv'], Int[Array, '1 q kv'], Int[Array, '1 q kv']]:
+  """What the kernel is told of each block of queries and of keys, the same for all heads.
+
+  Args:
+    seen: keys that may be seen, at least one, padded to whole blocks.
+    rows: blocks of queries.
+    width: keys in a block.
+
+  Returns:
+    (block of keys to load where keys are passed by, block of queries where queries are, 1 where a block is computed):
+    a block that is passed over names the next one that is not, so that it is on its way already.
+  """
+  some = jnp.any(seen.reshape(-1, width), axis=1)
+  count = some.size
+  ahead = lax.cummin(jnp.where(some, jnp.arange(count), count), reverse=True)
+  ahead = jnp.where(ahead < count, ahead, jnp.argmax(some))
+  shape = (1, rows, count)
+
+  def wide(x):
+    return jnp.broadcast_to(x, shape).astype(jnp.int32)
+
+  return wide(ahead), wide(jnp.arange(rows)[:, None]), wide(some)
 
 
 def chosen(queries: int, keys: int, largest: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -109,16 +137,21 @@ def attend(
   padded_q, padded_kv = (
     -(-n // size) * size for n, size in zip((length, keys), sizes, strict=False)
   )
-  kernel = _kernel(q.shape[2], padded_q, padded_kv, sizes, interpret)
+  seen = jnp.ones(keys, bool) if valid is None else valid
+  seen = jnp.pad(seen, (0, padded_kv - keys))
+  by_keys, by_queries, computed = tables(seen, padded_q // sizes[0], sizes[1])
+  kernel = jax.tree.unflatten(
+    _structure(q.shape[2], sizes, interpret),
+    (by_keys, computed, by_keys, computed, by_queries, computed),
+  )
 
   def lay(x, to):
     return jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, to - x.shape[1]), (0, 0)))
 
   segments = None
   if valid is not None or padded_kv > keys:
-    seen = jnp.ones(keys, jnp.int32) if valid is None else valid.astype(jnp.int32)
     segments = splash_attention.SegmentIds(
-      q=jnp.ones(padded_q, jnp.int32), kv=jnp.pad(seen, (0, padded_kv - keys))
+      q=jnp.ones(padded_q, jnp.int32), kv=seen.astype(jnp.int32)
     )
   scaled = q * jnp.asarray(1 / math.sqrt(q.shape[-1]), q.dtype)
   run = jax.vmap(lambda a, b, c: kernel(a, b, c, segments))

@@ -211,14 +211,9 @@ def _read(q, k, v, ctx, past, kernel):
   if isinstance(ctx, Chunk):
 
     def read(start, q, k, v, past):
-      cached_k, cached_v, valid = _behind(ctx.cache, past, start, frames)
-      k = jnp.concatenate([k, cached_k], axis=1)
-      v = jnp.concatenate([v, cached_v], axis=1)
-      if valid is not None:
-        valid = jnp.concatenate([jnp.ones(frames * tokens, bool), valid])
-      return attention.attend(q, k, v, valid, kernel)
+      return attention.attend_behind((q, k, v), _behind(ctx.cache, past, start, frames), kernel)
 
-    if not ctx.chunks or isinstance(ctx.start, _Known):
+    if not ctx.chunks or isinstance(ctx.start, _Known) or kernel.skips:
       return read(ctx.start, q, k, v, past)
     # One branch a chunk: one program for all of them, in which nothing hidden is ever multiplied.
     branches = [functools.partial(read, i * frames) for i in range(ctx.chunks)]
