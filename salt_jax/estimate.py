@@ -44,7 +44,8 @@ class Report:
     fits: whether it can be compiled and run.
     needed: of HBM; a lower bound where the compiler gave up.
     usable: HBM.
-    arguments, temporaries, code: parts of `needed`; None where the compiler gave up.
+    arguments, temporaries, code: parts of `needed`, the second with results and at its highest; None where the
+      compiler gave up.
     clips: of a shard of the batch.
     every: iterations from one run to the next; 0 is no part of training.
     steps: of an iteration of training, this one included.
@@ -91,14 +92,17 @@ def report(program: lowered.Program, config: ConfigDict, mesh: Mesh, slice_: Sli
   try:
     done = lowered.compiled(program)
   except jax.errors.JaxRuntimeError as error:
-    needed = out_of_memory(str(error), held)
+    needed = out_of_memory(str(error))
     if needed is None:
       raise
     compiling = time.monotonic() - began, _cpu() - usage
     change = _advice(config, program, mesh, held, needed)
     return dataclasses.replace(blank, needed=needed, compiling=compiling, change=change)
   compiling = time.monotonic() - began, _cpu() - usage
-  return _filled(blank, program, done, slice_, compiling)
+  made = _filled(blank, program, done, slice_, compiling)
+  if made.fits:
+    return made
+  return dataclasses.replace(made, change=_advice(config, program, mesh, held, made.needed))
 
 
 def _cpu() -> float:
@@ -135,16 +139,16 @@ def _blank(program: lowered.Program, mesh: Mesh, slice_: Slice, held: float) -> 
 def _filled(blank: Report, program, done, slice_: Slice, compiling) -> Report:
   memory, text = done.memory_analysis(), done.as_text()
   found = hlo.collectives(text, program.passes)
-  results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  # Not `temp_size_in_bytes`, in which buffers that share their place may count twice: it exceeds HBM for programs that fit.
   parts = (
     memory.argument_size_in_bytes,
-    memory.temp_size_in_bytes + results,
+    memory.peak_memory_in_bytes - memory.argument_size_in_bytes,
     memory.generated_code_size_in_bytes,
   )
   forward = blank.forward or float((done.cost_analysis() or {}).get('flops', 0.0))
   made = dataclasses.replace(
     blank,
-    fits=True,
+    fits=sum(parts) <= slice_.generation.hbm,
     needed=float(sum(parts)),
     arguments=parts[0],
     temporaries=parts[1],
@@ -174,18 +178,15 @@ def seconds(made: Report, slice_: Slice) -> Seconds:
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
-def out_of_memory(message: str, held: float) -> float | None:
-  """Bytes of HBM that the compiler says a program needs; None if its error is another one.
-
-  Args:
-    message: of the error.
-    held: bytes of the arguments, which some of its sentences leave out.
-  """
-  used = re.search(r'Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm', message)
-  if used:
-    return float(used[1]) * _UNITS[used[2]]
-  temporaries = re.search(r'temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM', message)
-  return held + float(temporaries[1]) * _UNITS[temporaries[2]] if temporaries else None
+def out_of_memory(message: str) -> float | None:
+  """Bytes of HBM that the compiler says a program needs, arguments included; None if its error is another one."""
+  for words in (
+    r'Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm',
+    r'temporaries \(([\d.]+)([KMGT]?)\) exceeds available',
+  ):
+    if found := re.search(words, message):
+      return float(found[1]) * _UNITS[found[2]]
+  return None
 
 
 def _advice(
