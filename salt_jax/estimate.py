@@ -139,7 +139,7 @@ def _blank(program: lowered.Program, mesh: Mesh, slice_: Slice, held: float) -> 
 def _filled(blank: Report, program, done, slice_: Slice, compiling) -> Report:
   memory, text = done.memory_analysis(), done.as_text()
   found = hlo.collectives(text, program.passes)
-  # Not `temp_size_in_bytes`, in which buffers that share their place may count twice: it exceeds HBM for programs that fit.
+  # Not `temp_size_in_bytes`: it counts buffers that share their place twice, and may exceed the HBM of what fits.
   parts = (
     memory.argument_size_in_bytes,
     memory.peak_memory_in_bytes - memory.argument_size_in_bytes,

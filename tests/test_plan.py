@@ -381,7 +381,7 @@ def test_a_program_that_needs_too_much_is_a_report():
 
 
 def test_what_is_needed_is_all_that_lives_at_once():
-  """Two arguments of 1 GiB; a result of that size, in the place of one of them if it may; half of it made in between."""
+  """Two arguments of 1 GiB, and a result of that size, which may take the place of one of them."""
   where = NamedSharding(_mesh('v5e-4'), P())
   x, y = (jax.ShapeDtypeStruct((2**14, 2**14), jnp.float32, sharding=where) for _ in 'xy')
 

@@ -1,5 +1,6 @@
 """The rollout: equal to a plain sequential one, gradient where it belongs, one program for every draw."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,8 +10,8 @@ import pytest
 
 from salt_jax.diffusion import draws, flow, rollout
 from salt_jax.errors import InputError
+from salt_jax.models import attention, wan
 from salt_jax.models import cache as caches
-from salt_jax.models import wan
 from tests import tiny
 
 APPLY = wan.bind(tiny.WAN)
@@ -100,6 +101,38 @@ def test_exits_repeated_in_one_pass_equal_the_rollout(sink, window, chunk):
   chunking = tiny.chunking(sink=sink, window=window, chunk=chunk)
   rolled = _roll(tiny.params(), jnp.int32(2), chunking)
   np.testing.assert_allclose(_exit(tiny.params(), rolled, chunk), rolled.x0, atol=1e-4)
+
+
+@pytest.mark.parametrize(('sink', 'window'), [(0, None), (1, 4)])
+def test_a_kernel_that_skips_hidden_keys_gives_the_same_clip_and_gradient(
+  sink, window, monkeypatch
+):
+  """Splash, interpreted, reads the whole cache in the rollout and in the pass over its exits; dense reads slices."""
+  cfg = dataclasses.replace(tiny.WAN, dim=256, layers=2, remat=True)
+  cache = (cfg.layers, 6, cfg.heads, cfg.head_dim)
+  chunking = tiny.chunking(sink=sink, window=window, cache=cache, unroll=False)
+  params = tiny.params(0, cfg)
+
+  @jax.jit
+  def run(params):
+    plan = rollout.student_plan(chunking, jnp.asarray(SIGMAS), jnp.int32(1))
+    rolled = rollout.rollout(wan.bind(cfg), params, tiny.keys(), tiny.prompt(), plan)
+
+    def again(params):
+      args = rolled.trace, tiny.prompt(), rolled.cache, tiny.CHUNK
+      return jnp.sum(jnp.square(rollout.velocity(wan.bind(cfg), params, *args)))
+
+    return rolled.x0, jax.grad(again)(params)
+
+  x0, grads = run(params)
+  splash = attention.Kernel('splash', (128, 128, 128), interpret=True)
+  monkeypatch.setattr(wan.WanConfig, 'kernel', splash)
+  jax.clear_caches()
+  got_x0, got_grads = run(params)
+  # Two orders of summation in float32, through two layers, three chunks and two steps.
+  np.testing.assert_allclose(got_x0, x0, atol=1e-4)
+  for got, want in zip(jax.tree.leaves(got_grads), jax.tree.leaves(grads), strict=True):
+    np.testing.assert_allclose(got, want, atol=1e-4 * float(jnp.abs(want).max()) + 1e-12)
 
 
 def test_gradient_is_that_of_the_exit_step_alone():
