@@ -86,7 +86,7 @@ def load(path: str) -> Any:
     with zipfile.ZipFile(path) as archive:
       root, members = _members(path, archive)
       text = archive.read(f'{root}/data.pkl')
-  except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+  except (zipfile.BadZipFile, EOFError, OSError, RuntimeError) as error:
     raise InputError(f'{path} is cut short or damaged; copy or download it again.') from error
   _refuse_opcodes(path, text)
   try:

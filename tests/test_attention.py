@@ -213,7 +213,8 @@ def _kernels(jaxpr):
   return own + sum(map(_kernels, inner))
 
 
-def test_a_block_may_keep_its_attention():
+@pytest.mark.parametrize('chunk', [None, tiny.CHUNK])
+def test_a_block_may_keep_its_attention(chunk):
   """Self- and cross-attention run forwards, again, and backwards in two kernels: 8; what is kept is not run again."""
 
   def count(**changes):
@@ -222,7 +223,8 @@ def test_a_block_may_keep_its_attention():
     params = jax.tree.map(lambda s: jnp.zeros(s.shape), wan.param_shapes(cfg))
 
     def loss(params, x):
-      return jnp.sum(wan.apply(params, x, tiny.levels(1), tiny.prompt(), wan.Clip(), cfg)[0])
+      ctx = wan.Clip(chunk=chunk)
+      return jnp.sum(wan.apply(params, x, tiny.levels(1), tiny.prompt(), ctx, cfg)[0])
 
     return _kernels(jax.make_jaxpr(jax.grad(loss))(params, tiny.latents(0)).jaxpr)
 

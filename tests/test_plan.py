@@ -397,6 +397,27 @@ def test_what_is_needed_is_all_that_lives_at_once():
     assert gib <= (made.arguments + made.temporaries) / 2**30 < gib + 1.1, made
 
 
+def test_what_the_compiler_accepts_fits():
+  """By the sum of its arguments, results and temporaries this program would need 16.6 of 15.75 GiB."""
+  where, side = NamedSharding(_mesh('v5e-4'), P()), 123 * 128
+  x, layers = (
+    jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
+    for shape in ((side, side), (3, side, side))
+  )
+
+  def loss(x, layers):
+    def layer(x, w):
+      h = jnp.tanh(x @ w)
+      return h @ w.T + x, jnp.sum(h)
+
+    x, sums = jax.lax.scan(layer, x, layers)
+    return jnp.sum(x) + jnp.sum(sums)
+
+  lower = functools.partial(jax.jit(jax.grad(loss)).lower, x, layers)
+  made = _reported(lowered.Program('sample', lower, 4, 4, [], 1.0, 0, 0, ()))
+  assert made.fits and 14 * 2**30 < made.needed < made.usable
+
+
 def test_what_lies_on_the_device_is_counted_before_anything_is_compiled():
   program = _program(2**10, held=2**35)
   made = _reported(program._replace(lower=None))

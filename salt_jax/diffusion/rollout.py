@@ -44,7 +44,8 @@ class Chunking:
     mode: what `student_plan` makes of the steps: 'sde' re-noises with fresh noise in between, 'ode' takes Euler steps.
     unroll: one program a chunk, each with a static slice of the cache; otherwise one loop.
     branches: in the loop attention has a branch a chunk, each with such a slice; otherwise it reads the whole cache
-      behind a mask, which small models compile faster and large ones pay for.
+      behind a mask, which small models compile faster and large ones pay for. Splash, which skips what is hidden, never
+      branches.
     context_noise: sigma at which the finished chunk is cached.
     dtype: of the cache.
   """

@@ -1,8 +1,8 @@
 """One attention operation, three back ends, and the chunk-causal form built from it.
 
-Block-causal attention over a clip is a handful of full attentions, one for each chunk of queries, over a
-static prefix of keys. So no back end needs a mask, no block is computed to be thrown away, and cuDNN
-serves it as it is.
+Block-causal attention over a clip is a full attention for each chunk of queries. Splash reads all keys and passes over
+what is hidden; the others read a static prefix, so that nothing is computed to be thrown away and cuDNN serves them as
+it is.
 """
 
 import functools

@@ -10,7 +10,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jaxtyping import Array, Bool, Float, Int
 
@@ -100,7 +99,7 @@ def tables(
   """
   some = jnp.any(seen.reshape(-1, width), axis=1)
   count = some.size
-  ahead = lax.cummin(jnp.where(some, jnp.arange(count), count), reverse=True)
+  ahead = jax.lax.cummin(jnp.where(some, jnp.arange(count), count), reverse=True)
   ahead = jnp.where(ahead < count, ahead, jnp.argmax(some))
   shape = (1, rows, count)
 

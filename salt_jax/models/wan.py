@@ -151,7 +151,8 @@ class Chunk:
   """Context of one chunk: its cache and the absolute index of its first frame.
 
   A Python int as `start` reads a static slice of the cache. An array reads all of it behind a mask; but if it is known
-  to be the start of one of the first `chunks` chunks of this length, the static slice of the one that it is.
+  to be the start of one of the first `chunks` chunks of this length, and the kernel does not skip what is hidden, the
+  static slice of the one that it is.
   """
 
   cache: KVCache
