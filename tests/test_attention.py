@@ -51,7 +51,7 @@ def _agree(fn, args, kernel=SPLASH):
 
 @pytest.mark.parametrize('ring', [False, True])
 def test_splash_is_dense_attention_at_lengths_that_need_padding(ring):
-  args = _qkv(150, 420)
+  args = _qkv(300, 420)  # two blocks of queries, two of keys
   valid = jnp.asarray(np.random.default_rng(1).random(420) < 0.6) if ring else None
   _agree(lambda q, k, v, kernel: attention.attend(q, k, v, valid, kernel), args)
 
