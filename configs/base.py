@@ -244,11 +244,8 @@ def first_frames(config: ConfigDict) -> None:
   config.data = dict(kind='clips', path='')
   config.latents = dict(count=4096, batch=64)
   if config.size == 'nano':
-    made = 'runs/pretrain-teacher-i2v/export/pretrain-teacher-i2v'
-    config.weights.update(teacher=f'{made}-dit.safetensors', text=f'{made}-text.safetensors')
-    config.weights.init = (
-      'runs/causal_init-nano-i2v/export/causal_init-nano-i2v-generator.safetensors'
-    )
+    for name in ('text', 'teacher', 'init', 'student'):
+      config.weights[name] = f'assets:nano_i2v_{name}.safetensors'
   else:
     # Of first frames that were encoded elsewhere: fields ids, mask, condition (latents), image (rows of CLIP).
     config.data = dict(kind='store', path='first_frames')

@@ -15,7 +15,7 @@ from salt_jax.errors import InputError
 def get_config(arg=None):
   arg = base.parse_arg(arg, net=('teacher', 'vae'), steps=0, i2v=False)
   if arg.net == 'teacher':
-    return _teacher(arg.steps or 14000, arg.i2v)
+    return _teacher(arg.steps or 28000, arg.i2v)
   if arg.i2v:
     raise InputError('the config argument i2v is for the teacher: the VAE serves both.')
   return _vae(arg.steps or 4000)
@@ -47,7 +47,7 @@ def _teacher(steps, i2v):
   )
   config.model = base.dit('nano', i2v)
   config.data = dict(kind='clips', frames=81)
-  config.latents = dict(count=24576, batch=64)
+  config.latents = dict(count=49152, batch=64)
   config.text_dropout = 0.1
   config.flow_shift = 3.0
   config.optim = dict(

@@ -22,6 +22,9 @@ PREEMPTED = (
   75  # exit code of a run that saved and left because it was told to; the same command goes on
 )
 
+# What the environment of a TPU's machine says of it; other names that start so are set by JAX wherever libtpu is.
+OF_A_SLICE = ('TPU_WORKER_ID', 'TPU_WORKER_HOSTNAMES', 'TPU_ACCELERATOR_TYPE', 'TPU_TOPOLOGY')
+
 _REWORDED = {
   'invalid literal for int() with base 10: ': 'a whole number is needed, not ',
   'could not convert string to float: ': 'a number is needed, not ',
@@ -55,15 +58,14 @@ def run(program: Callable[[], None], define: Callable[[], None] = lambda: None) 
         raise
       sys.exit(_refuse(error))
 
-  _leave_tpu_alone()
+  leave_tpu_alone()
   app.run(guarded, flags_parser=parse)
 
 
-def _leave_tpu_alone() -> None:
+def leave_tpu_alone() -> None:
   """Where libtpu is installed and no TPU is, JAX would look for one, and print pages of warnings."""
   devices = glob.glob('/dev/accel*') + glob.glob('/dev/vfio/*')
-  # The machines of slices have such variables.
-  devices += [name for name in os.environ if name.startswith('TPU_')]
+  devices += [name for name in OF_A_SLICE if name in os.environ]
   plugins = importlib.metadata.entry_points(group='jax_plugins')  # those of GPUs
   if importlib.util.find_spec('libtpu') and not (devices or plugins or jax.config.jax_platforms):
     jax.config.update('jax_platforms', 'cpu')

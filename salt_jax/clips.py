@@ -43,7 +43,8 @@ LANE = WORLD // 2
 SLOWEST, FASTEST = 0.5, 1.1  # World pixels a frame.
 FIRST_LEG = 28  # Frames that the first leg lasts at least.
 HEADROOM = 6.0  # Largest distance of the start from the wall behind the object.
-TWO_OBJECTS = 0.25
+# Share of clips with two objects: they are the harder ones to learn.
+TWO_OBJECTS = {'train': 0.5, 'seen': 0.25, 'unseen': 0.25}
 HOLD_OUT_EVERY = 10
 GRAIN = (
   256  # Bilinear weights are multiples of 1/256, so 8-bit values times two weights fit float32.
@@ -152,7 +153,7 @@ def describe(index: int, split: str, seed: int = 0) -> Scene:
   u = _uniform((seed * len(SPLITS) + SPLITS.index(split), index), 12)
   pool = HELD_OUT if split == 'unseen' else _SEEN
   first = _pick(pool, u[0])
-  if u[1] >= TWO_OBJECTS:
+  if u[1] >= TWO_OBJECTS[split]:
     return Scene((_place(first, split, SPAN / 2 + 16 * (u[2] - 0.5), u[4:7]),))
   second = _pick(_compatible(first, pool), u[3])
   lanes = [u[10] * (LANE - SPRITE), LANE + u[11] * (LANE - SPRITE)]

@@ -69,11 +69,15 @@ def test_held_out_combinations_are_balanced():
 
 
 def test_training_clips_cover_the_world_evenly():
-  scenes = many('train')
-  phrases = collections.Counter(thing.phrase for scene in scenes for thing in scene.objects)
+  phrases = collections.Counter(thing.phrase for scene in many('train') for thing in scene.objects)
   assert len(phrases) == 132
-  # Binomial(1000, 1/4) has deviation 0.014; four of them.
-  assert abs(np.mean([len(scene.objects) == 2 for scene in scenes]) - 0.25) < 0.055
+
+
+@pytest.mark.parametrize('split, share', [('train', 0.5), ('seen', 0.25), ('unseen', 0.25)])
+def test_training_has_more_clips_of_two_objects_than_judging(split, share):
+  pairs = np.mean([len(scene.objects) == 2 for scene in many(split)])
+  # Binomial(1000, 1/2) has deviation 0.016; four of them.
+  assert abs(pairs - share) < 0.063
 
 
 def test_captions_are_read_back_and_use_every_word():
