@@ -4,8 +4,9 @@
     --experiment=salt=configs/selfforcing.py:nano --seeds=0,1,2 --output=runs/compare
 
 Runs of one seed see the same captions in the same order, start from the same weights and the same noise; all students
-are judged on the same held-out captions from the same noise. A killed comparison goes on where it was; runs that are
-there already are not trained again, so several processes may share the work with --train_only and other experiments.
+are judged on the same held-out captions from the same noise, and a picture shows clips of the first seed's. A killed
+comparison goes on where it was; runs that are there already are not trained again, so several processes may share the
+work with --train_only and other experiments.
 """
 
 import ast
@@ -20,11 +21,13 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from salt_jax import cli, evaluate, recipe, sample, stages, train, weights
+from salt_jax import cli, clips, evaluate, recipe, sample, stages, train, weights
 from salt_jax.errors import InputError
 from salt_jax.statistics import interval
 
 log = logging.getLogger('salt_jax.compare')
+
+_PICTURED = 4  # clips in the picture
 
 # What must agree for a difference to be the method's.
 SAME = ('size', 'stage', 'total_steps', 'batch', 'generator_every', 'video', 'data', 'vae', 'text')
@@ -139,8 +142,10 @@ def train_missing(runs: Sequence[Run]) -> None:
       train.run(run.config, run.workdir)
 
 
-def judged(runs: Sequence[Run], clips: int, steps: Sequence[int]) -> dict:
-  """Judges all students: {(label, steps): {measure: `[seed clip]`}}."""
+def judged(
+  runs: Sequence[Run], count: int, steps: Sequence[int]
+) -> tuple[dict, list[evaluate.Row]]:
+  """Judges all students: {(label, steps): {measure: `[seed clip]`}}, and the clips of the first seed."""
   config = runs[0].config
   rec = recipe.build(config)
   frozen = stages.serving(config, rec, 'text', 'vae')
@@ -156,15 +161,17 @@ def judged(runs: Sequence[Run], clips: int, steps: Sequence[int]) -> dict:
     for n in steps:
       methods.append(evaluate.Method(f'{run.label}, seed {run.seed}, {n} steps', make(params, n)))
       keys.append((run.label, n))
-  rows = evaluate.measure(config, rec, frozen['vae'], methods, clips)
+  rows = evaluate.measure(config, rec, frozen['vae'], methods, count)
   found: dict = {}
   for key, row in zip(keys, rows, strict=True):
     for measure in evaluate.MEASURES:
       found.setdefault(key, {}).setdefault(measure, []).append(row.results[measure])
-  return {
+  stacked = {
     key: {measure: np.stack(values) for measure, values in results.items()}
     for key, results in found.items()
   }
+  first = len({run.label for run in runs}) * len(steps)  # runs are sorted by seed
+  return stacked, rows[:first]
 
 
 def summary(found: dict, first: str) -> list[dict]:
@@ -209,7 +216,9 @@ def define_flags() -> None:
   flags.DEFINE_integer('clips', 256, 'Clips that each student is judged on.', lower_bound=2)
   flags.DEFINE_list('steps', ['4', '2'], 'Step counts that it is judged at.')
   flags.DEFINE_bool('train_only', False, 'Leave the judging to another call.')
-  flags.DEFINE_string('output', 'runs/compare', 'Folder of the runs, compare.md and compare.json.')
+  flags.DEFINE_string(
+    'output', 'runs/compare', 'Folder of the runs, compare.md, compare.json and compare.png.'
+  )
 
 
 def _whole(flag: str, words: Sequence[str]) -> list[int]:
@@ -232,8 +241,11 @@ def program() -> None:
   if args.train_only:
     return
   first = args.experiment[0].partition('=')[0]
-  entries = summary(judged(runs, args.clips, steps), first)
+  found, rows = judged(runs, args.clips, steps)
+  entries = summary(found, first)
   text = table(entries, first)
+  captions = clips.captions('seen', np.arange(args.clips), runs[0].config.seed)
+  evaluate.picture(os.path.join(args.output, 'compare.png'), rows, captions, _PICTURED)
   with open(os.path.join(args.output, 'compare.md'), 'w', encoding='utf-8') as file:
     file.write(text)
   with open(os.path.join(args.output, 'compare.json'), 'w', encoding='utf-8') as file:

@@ -180,7 +180,7 @@ def _strip(video: np.ndarray, frames: int, upscale: int) -> Image.Image:
 def _line(label: str, caption: str, strip: Image.Image) -> Image.Image:
   """A strip with its label and caption printed at the left."""
   characters = TEXT_WIDTH * 2 // TEXT_SIZE
-  text = '\n'.join([label, *textwrap.wrap(caption, characters)])
+  text = '\n'.join(textwrap.wrap(label, characters) + textwrap.wrap(caption, characters))
   font = ImageFont.load_default(size=TEXT_SIZE)
   bottom = ImageDraw.Draw(strip).multiline_textbbox((0, 0), text, font)[3]
   height = max(strip.height, int(bottom) + 2 * GAP)

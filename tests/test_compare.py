@@ -79,3 +79,34 @@ def test_finished_runs_are_not_trained_again(tmp_path, monkeypatch):
   assert os.path.isfile(runs[0].student)
   monkeypatch.setattr(compare.train, 'run', lambda *_: pytest.fail('trained twice'))
   compare.train_missing(runs)
+
+
+def test_a_table_has_every_seed_and_the_picture_the_first_one(tmp_path, monkeypatch):
+  folder = tiny_config.write_weights(str(tmp_path))
+  monkeypatch.chdir(os.path.dirname(os.path.dirname(__file__)))
+  names = [f'{label}=tests/tiny_config.py:{folder}' for label in ('dmd', 'salt')]
+  runs = compare.runs_of(names, [3, 4], [], str(tmp_path))
+  monkeypatch.setattr(compare.weights, 'load', lambda path, *_: path)
+  monkeypatch.setattr(compare.stages, 'serving', lambda *_: {'vae': None})
+  monkeypatch.setattr(compare.sample, 'student', lambda *_: lambda params, n: (params, n))
+
+  def measure(config, rec, vae, methods, count):
+    # The figure of a clip says which student made it.
+    figures = [hash(method.run) % 1000 for method in methods]
+    return [
+      compare.evaluate.Row(
+        m.label, None, dict.fromkeys(compare.evaluate.MEASURES, np.full(count, x)), 0
+      )
+      for m, x in zip(methods, figures, strict=True)
+    ]
+
+  monkeypatch.setattr(compare.evaluate, 'measure', measure)
+  found, rows = compare.judged(runs, 5, [4, 2])
+  assert [row.label for row in rows] == [
+    f'{label}, seed 3, {n} steps' for label in ('dmd', 'salt') for n in (4, 2)
+  ]
+  for label in ('dmd', 'salt'):
+    for n in (4, 2):
+      students = [run.student for run in runs if run.label == label]
+      expected = [[hash((student, n)) % 1000] * 5 for student in students]
+      np.testing.assert_array_equal(found[label, n]['colour'], expected)
