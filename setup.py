@@ -13,7 +13,7 @@ setuptools.setup(
     'salt_jax': [
       f'assets/{place}*.{kind}'
       for place in ('', '**/')
-      for kind in ('npz', 'safetensors', 'json', 'md', 'txt')
+      for kind in ('npz', 'safetensors', 'json', 'md', 'txt', 'png')
     ],
   },
   install_requires=[
