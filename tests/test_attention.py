@@ -149,6 +149,30 @@ def test_cudnn_reads_what_may_be_seen_first():
   np.testing.assert_allclose(attention.dense(q, k2, v2), want, atol=1e-6)
 
 
+@pytest.mark.parametrize('queries, keys', [(6, 257), (5, 8), (6, 8)])
+@pytest.mark.parametrize('masked', [False, True])
+def test_cudnn_gets_even_lengths_and_computes_the_same(monkeypatch, queries, keys, masked):
+  """The call itself is XLA's here, which takes the same arguments: cuDNN has no CPU form."""
+  q, k, v = (x.astype(jnp.float16) for x in _qkv(queries, keys))
+  valid = jnp.arange(keys) % 3 > 0 if masked else None
+  call = jax.nn.dot_product_attention
+
+  def instead(q, k, v, *, implementation, **rest):
+    assert implementation == 'cudnn' and q.shape[1] % 2 == k.shape[1] % 2 == v.shape[1] % 2 == 0
+    return call(q, k, v, implementation='xla', **rest)
+
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', instead)
+
+  def loss(qkv, kernel):
+    return jnp.sum(jnp.sin(attention.attend(*qkv, valid, kernel).astype(jnp.float32)))
+
+  got, want = (jax.value_and_grad(loss)((q, k, v), Kernel(name)) for name in ('cudnn', 'dense'))
+  for one, two in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    assert one.shape == two.shape
+    # Half precision has 11 bits; the largest values here are about 1.
+    np.testing.assert_allclose(np.float32(one), np.float32(two), atol=4e-3)
+
+
 @pytest.mark.parametrize(
   'platform, kind, name',
   [('tpu', 'TPU v5', 'splash'), ('gpu', 'NVIDIA H100', 'cudnn'), ('cpu', 'cpu', 'dense')],

@@ -155,14 +155,22 @@ def _cudnn(q, k, v, valid):
     raise InputError(
       f'attention "cudnn" needs bfloat16 or float16, not {q.dtype}: set the model dtype.'
     )
-  lengths = None
+  queries, keys, lengths = q.shape[1], k.shape[1], None
+  seen = keys
   if valid is not None:
     # A mask would become a bias of queries x keys; a length costs nothing, and the order of keys means nothing.
     k, v = (first_valid(x, valid) for x in (k, v))
-    lengths = jnp.full(q.shape[0], jnp.sum(valid), jnp.int32)
-  return jax.nn.dot_product_attention(
-    q, k, v, key_value_seq_lengths=lengths, implementation='cudnn'
-  )
+    seen = jnp.sum(valid)
+  if valid is not None or keys % 2:
+    lengths = jnp.full(q.shape[0], seen, jnp.int32)
+  q, k, v = (_even(x) for x in (q, k, v))
+  out = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation='cudnn')
+  return out[:, :queries]
+
+
+def _even(x: Float[Array, 'b s n d']) -> Float[Array, 'b s_even n d']:
+  """One row of zeros more if the length is odd: JAX refuses odd ones in a gradient, such as CLIP's 257."""
+  return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
 
 
 def first_valid(x: Float[Array, 'b s n d'], valid: Bool[Array, 's']) -> Float[Array, 'b s n d']:
