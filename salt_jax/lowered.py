@@ -53,8 +53,14 @@ class Program(NamedTuple):
     return resident(self.inputs) + self.cache
 
 
-def of_config(config: ConfigDict, rec: Recipe, mesh: Mesh) -> dict[str, Program]:
+def of_config(config: ConfigDict, rec: Recipe, mesh: Mesh, host: list) -> dict[str, Program]:
   """The steps of a stage, and sampling and decoding of its student if it has one.
+
+  Args:
+    config: the experiment.
+    rec: what it means on these devices.
+    mesh: all devices.
+    host: those of a host by itself, which decodes alone; numbered from 0, for libtpu ends the process otherwise.
 
   Raises:
     InputError: an unknown stage.
@@ -62,7 +68,7 @@ def of_config(config: ConfigDict, rec: Recipe, mesh: Mesh) -> dict[str, Program]
   found = _steps(config, rec, mesh)
   if rec.chunking is not None:
     found['sample'] = _sample(config, rec, mesh)
-    found['decode'] = _decode(config, rec, mesh)
+    found['decode'] = _decode(config, rec, host)
   return found
 
 
@@ -151,11 +157,9 @@ def _sample(config: ConfigDict, rec: Recipe, mesh: Mesh) -> Program:
   )
 
 
-def _decode(config: ConfigDict, rec: Recipe, mesh: Mesh) -> Program:
+def _decode(config: ConfigDict, rec: Recipe, host: list) -> Program:
   """A later part of a clip on the devices of one host, the larger of the two programs of `codec.decode`."""
   frames, height, width, channels = latent_shape(config)
-  first = mesh.devices.flat[0].process_index
-  host = sorted((d for d in mesh.devices.flat if d.process_index == first), key=lambda d: d.id)
   where = codec.split(1, height, width, host)
   rows = where or NamedSharding(Mesh(np.array(host[:1]), ('clips',)), PartitionSpec('clips'))
   part = min(frames, codec.latents_at_once(height, width))

@@ -62,7 +62,7 @@ def plan(config: ConfigDict, slice_: Slice, names: tuple[str, ...] = ()) -> list
   rec = recipe.build(config, ('tpu', slice_.generation.kind))
   mesh = sharding.make_mesh(config.mesh, slices.devices(slice_))
   check_mesh(config, mesh)
-  found, made = lowered.of_config(config, rec, mesh), []
+  found, made = lowered.of_config(config, rec, mesh, slices.devices(slice_.host)), []
   unknown = [name for name in names if name not in found]
   if unknown:
     raise InputError(

@@ -100,6 +100,12 @@ class Slice:
     return self.chips * self.generation.cores
 
   @property
+  def host(self) -> 'Slice':
+    """One of its machines by itself, of up to four chips, whose devices are numbered from 0."""
+    one = (2, 2, 1)[: len(self.layout)]
+    return Slice(self.generation, min(self.layout, one, key=math.prod))
+
+  @property
   def name(self) -> str:
     size = math.prod(self.layout) * self.generation.units
     name = f'{self.generation.name}-{size}'

@@ -138,6 +138,22 @@ def test_a_slice_has_its_devices(name, chips, devices, slice_count):
 
 
 @pytest.mark.parametrize(
+  'name, host, devices',
+  [
+    ('v5e-1', 'v5e-1', 1),
+    ('v6e-128', 'v6e-4', 4),
+    ('2xv5p-64', 'v5p-8', 4),
+    ('tpu7x-64', 'tpu7x-8', 8),
+  ],
+)
+def test_a_host_by_itself_has_its_devices_numbered_from_0(name, host, devices):
+  """Compiled for the numbers that its devices have in a large slice, decoding ends the process (libtpu 0.0.42)."""
+  found = slices.parse(name).host
+  assert found.name == host
+  assert [d.id for d in slices.devices(found)] == list(range(devices))
+
+
+@pytest.mark.parametrize(
   'name, near',
   [
     ('v5p-60', 'v5p-64, v5p-32, v5p-128'),
@@ -330,7 +346,7 @@ def test_what_is_executed_is_what_the_formula_says(chunk, remat, folder):
   )
   rec = recipe.build(config)
   mesh = sharding.make_mesh(ONE, jax.devices()[:1])
-  for name, program in lowered.of_config(config, rec, mesh).items():
+  for name, program in lowered.of_config(config, rec, mesh, jax.devices()[:1]).items():
     if name not in ('generator', 'critic'):
       continue
     found = _products(lowered.compiled(program).as_text(), program.passes) / config.batch
