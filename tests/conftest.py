@@ -7,9 +7,12 @@ import tempfile
 import pytest
 
 from tests import clouds
+from tests.processes import FAST
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['HF_HUB_OFFLINE'] = '1'
+if FAST not in os.environ.get('XLA_FLAGS', ''):
+  os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {FAST}'.strip()
 # Subprocesses that tests start inherit the cache too.
 _cache = os.path.join(tempfile.gettempdir(), f'salt_jax_test_cache_{os.getuid()}')
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', _cache)

@@ -10,16 +10,21 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).parents[1]
-# Twice as fast to compile; what is compared was compiled alike.
+# Twice as fast to compile; what is compared is compiled alike, in all tests.
 FAST = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 HEARTBEAT = 5  # seconds, the least that is allowed
+
+
+def devices_of(count: int) -> dict[str, str]:
+  """What gives a child so many CPU devices."""
+  flags = f'--xla_force_host_platform_device_count={count} {FAST}'
+  return {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
 
 
 def environment(devices: int = 1, **changes: str) -> dict[str, str]:
   """Of a child with so many CPU devices, which shares one compilation cache with the others."""
   return os.environ | {
-    'JAX_PLATFORMS': 'cpu',
-    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} {FAST}',
+    **devices_of(devices),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
     'TF_CPP_MIN_LOG_LEVEL': '1',
     'PYTHONPATH': os.pathsep.join(filter(None, (str(ROOT), os.environ.get('PYTHONPATH')))),

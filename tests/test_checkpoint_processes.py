@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from salt_jax import checkpoint
+from tests.processes import devices_of
 
 PIECES = """
 import sys
@@ -30,10 +31,7 @@ def like(tree, mesh):
 
 
 def _process(code, *arguments, devices=1):
-  env = os.environ | {
-    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
-    'JAX_PLATFORMS': 'cpu',
-  }
+  env = os.environ | devices_of(devices)
   command = [sys.executable, '-c', PIECES + textwrap.dedent(code), *map(str, arguments)]
   return subprocess.Popen(
     command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE

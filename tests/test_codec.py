@@ -16,6 +16,7 @@ from salt_jax.diffusion.conditioning import known_video
 from salt_jax.errors import InputError
 from salt_jax.models import vae
 from salt_jax.step import to_bytes, to_unit
+from tests.processes import devices_of
 from tests.test_vae import EXACT, TINY, encode, normal, perturbed, tiny_params
 
 LATENTS = normal(1, 2, 7, 3, 2, 16)
@@ -67,9 +68,8 @@ def test_a_first_frame_before_grey_is_its_known_video(part):
 @pytest.fixture(scope='module')
 def split(tmp_path_factory):
   output = tmp_path_factory.mktemp('split') / 'found.npz'
-  flags = '--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0'
   command = [sys.executable, '-m', 'tests.split_codec', str(output)]
-  subprocess.run(command, env=os.environ | {'XLA_FLAGS': flags}, check=True, timeout=300)
+  subprocess.run(command, env=os.environ | devices_of(4), check=True, timeout=300)
   return np.load(output)
 
 

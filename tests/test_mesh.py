@@ -10,15 +10,15 @@ import pytest
 from configs import base, selfforcing
 from salt_jax import checks, sharding
 from salt_jax.errors import InputError
+from tests.processes import devices_of
 from tests.test_sharding import on_eight_devices
 
 
 @pytest.fixture(scope='module')
 def report():
-  flags = '--xla_force_host_platform_device_count=8'
   done = subprocess.run(
     [sys.executable, '-m', 'tests.mesh_steps'],
-    env=os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'},
+    env=os.environ | devices_of(8),
     text=True,
     capture_output=True,
     timeout=600,

@@ -15,6 +15,7 @@ from salt_jax import weights as files
 from salt_jax.diffusion import rollout, streaming
 from salt_jax.errors import InputError
 from tests import tiny_config
+from tests.processes import devices_of
 
 ROOT = pathlib.Path(__file__).parents[1]
 PROMPTS = ['a red sneaker moves left', 'a blue bag moves up']
@@ -78,8 +79,7 @@ def test_parameters_split_over_devices_make_the_same_clips(world, tmp_path):
     clips, share = test_sample.drawn(config, frozen.pop('teacher'), frozen)
     np.savez({str(tmp_path / 'found.npz')!r}, clips=clips, share=share)
   """
-  flags = '--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0'
-  env = os.environ | {'XLA_FLAGS': flags}
+  env = os.environ | devices_of(4)
   subprocess.run([sys.executable, '-c', code], env=env, check=True, timeout=300)
   found = np.load(tmp_path / 'found.npz')
   rest = {name: x for name, x in frozen.items() if name != 'teacher'}

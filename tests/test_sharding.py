@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from salt_jax import sharding
 from salt_jax.errors import InputError
+from tests.processes import devices_of
 
 ONE = {'data': 1, 'fsdp': 1, 'context': 1, 'tensor': 1}
 
@@ -26,8 +27,7 @@ def _one_device_mesh(**sizes):
 
 def on_eight_devices(code):
   """Runs code in a process with eight CPU devices and returns what it prints."""
-  flags = '--xla_force_host_platform_device_count=8'
-  env = os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
+  env = os.environ | devices_of(8)
   done = subprocess.run(
     [sys.executable, '-c', textwrap.dedent(code)],
     env=env,

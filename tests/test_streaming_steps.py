@@ -18,6 +18,7 @@ from salt_jax import state as states
 from salt_jax.diffusion import streaming
 from salt_jax.models import vae
 from tests import tiny_config
+from tests.processes import devices_of
 
 ROOT = pathlib.Path(__file__).parents[1]
 FRAMES, NEW, OVERLAP, CLIPS = 6, 3, 3, 4
@@ -206,7 +207,7 @@ def test_a_run_stopped_in_the_middle_of_a_stream_ends_bit_identical(folder, fini
 @pytest.mark.slow
 def test_eight_devices_equal_one(folder, finished, tmp_path):
   """The carried cache is split over the devices as batches are."""
-  env = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
+  env = os.environ | devices_of(8)
   flags = ['--config.mesh.data=2', '--config.mesh.fsdp=4', "--config.rules=(('.*','fsdp'),)"]
   command = [
     sys.executable,

@@ -18,6 +18,7 @@ from salt_jax import programs, stages, train
 from salt_jax.errors import InputError
 from salt_jax.store import Store
 from tests import tiny_config
+from tests.processes import devices_of
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -35,7 +36,7 @@ def finished(weights, tmp_path_factory):
 
 
 def _start(weights, workdir, devices=1, *flags):
-  env = os.environ | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
+  env = os.environ | devices_of(devices)
   command = [
     sys.executable,
     '-m',

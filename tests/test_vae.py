@@ -49,15 +49,13 @@ def pixels(seed, *shape):
   return np.tanh(normal(seed, *shape))
 
 
-# These run for milliseconds, so compile them quickly.
-jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
-encode = jit(vae.encode, static_argnums=2)
-posterior = jit(vae.posterior, static_argnums=2)
-decode = jit(vae.decode, static_argnums=2)
-decode_raw = jit(vae.decode_raw, static_argnums=2)
-encode_chunk = jit(vae.encode_chunk, static_argnums=(3, 4))
-decode_chunk = jit(vae.decode_chunk, static_argnums=(3, 4))
-loss = jit(functools.partial(vae_loss, l1_weight=0.7, kl_weight=0.3), static_argnums=3)
+encode = jax.jit(vae.encode, static_argnums=2)
+posterior = jax.jit(vae.posterior, static_argnums=2)
+decode = jax.jit(vae.decode, static_argnums=2)
+decode_raw = jax.jit(vae.decode_raw, static_argnums=2)
+encode_chunk = jax.jit(vae.encode_chunk, static_argnums=(3, 4))
+decode_chunk = jax.jit(vae.decode_chunk, static_argnums=(3, 4))
+loss = jax.jit(functools.partial(vae_loss, l1_weight=0.7, kl_weight=0.3), static_argnums=3)
 
 
 def count(tree):
@@ -120,7 +118,7 @@ def influence(call, x, cfg):
   def one(frame):
     return jax.grad(lambda x: (call(tiny_params(), x, cfg) * mixture)[:, frame].sum())(x)
 
-  gradients = jit(jax.vmap(one))(jnp.arange(shape[1]))
+  gradients = jax.jit(jax.vmap(one))(jnp.arange(shape[1]))
   return np.asarray(jnp.abs(gradients).max(axis=(1, 3, 4, 5)))
 
 
@@ -232,7 +230,7 @@ def test_decoded_video_is_diffusers():
 
 
 def test_start_is_lively_and_keys_count():
-  params = jit(vae.init_params, static_argnums=1)(jax.random.key(0), TINY)
+  params = jax.jit(vae.init_params, static_argnums=1)(jax.random.key(0), TINY)
   jax.tree.map(
     lambda x, like: np.testing.assert_equal(x.shape, like.shape), params, vae.param_shapes(TINY)
   )
