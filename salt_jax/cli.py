@@ -18,9 +18,8 @@ from ml_collections import ConfigDict, config_flags
 
 from salt_jax.errors import InputError, Preempted
 
-PREEMPTED = (
-  75  # exit code of a run that saved and left because it was told to; the same command goes on
-)
+# Exit code of a run that saved and left because it was told to; the same command goes on.
+PREEMPTED = 75
 
 # What the environment of a TPU's machine says of it; other names that start so are set by JAX wherever libtpu is.
 OF_A_SLICE = ('TPU_WORKER_ID', 'TPU_WORKER_HOSTNAMES', 'TPU_ACCELERATOR_TYPE', 'TPU_TOPOLOGY')
@@ -140,12 +139,11 @@ def _check_key(config: ConfigDict, path: str) -> None:
 
 
 def _origin(error: BaseException) -> BaseException:
-  """The InputError that libraries wrapped, or the error itself."""
-  found, link = error, error
-  while link:
-    found = link if isinstance(link, InputError) else found
+  """The InputError that libraries wrapped, with what our own code added to it; or the error itself."""
+  link = error
+  while link and not isinstance(link, InputError):
     link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
-  return found
+  return link or error
 
 
 def _is_crash(error: BaseException) -> bool:

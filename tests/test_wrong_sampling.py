@@ -6,7 +6,7 @@ import pytest
 
 from salt_jax import sample
 from tests import commands, tiny_config
-from tests.commands import ROOT, STUDENT
+from tests.commands import NANO, ROOT, STUDENT
 
 WRONG_COMMANDS = {
   'sample': (
@@ -103,6 +103,10 @@ WRONG_COMMANDS = {
           '--switch_at=6 must be behind frame 6, where the',
         ),
       )
+    ),
+    (
+      [f'--checkpoint={STUDENT}', '--prompt=a bag', NANO, '--config.model.dim=64'],
+      'nano_student.safetensors: a checkpoint of another size: blocks.',
     ),
     (
       ['--checkpoint=nowhere', '--prompt=a bag'],
