@@ -53,3 +53,11 @@ def test_image_to_video_is_for_teachers_of_sizes_that_have_it():
     pretrain.get_config('vae,i2v')
   with pytest.raises(InputError, match='1.3b has no image-to-video form: choose one of nano, 14b.'):
     base.dit('1.3b', i2v=True)
+
+
+@pytest.mark.parametrize('module', [selfforcing, dmd])
+def test_the_average_of_the_released_recipe_begins_at_iteration_200(module):
+  """`ema.start` counts generator updates, of which there is one in five iterations (salt_method.md 4.1)."""
+  config = module.get_config()
+  assert config.generator_every == 5 and config.ema.start == 40
+  assert module.get_config('nano').ema.start == 0
