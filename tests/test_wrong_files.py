@@ -39,6 +39,7 @@ def test_what_the_autoregressive_model_leaves_is_asked_for(name, folder, tmp_pat
   [
     ({'stage': 'gan'}, 'choose one of'),
     ({'data.kind': 'x'}, 'choose captions'),
+    ({'data.kind': 'prompts', 'data.path': ''}, 'no prompt file is named: give one of'),
     ({'data.kind': 'prompts', 'data.path': 'nowhere.txt'}, 'prompt file nowhere.txt is missing'),
     (
       {'data.kind': 'text_store', 'data.path': 'nowhere'},
@@ -132,6 +133,10 @@ def test_a_workdir_belongs_to_its_config(run_of_two):
     (
       lambda run: shutil.rmtree(run / 'checkpoints' / '2'),
       'holds no finished checkpoint; train until one is saved.',
+    ),
+    (
+      lambda run: shutil.rmtree(run / 'checkpoints' / '2' / 'ema'),
+      'checkpoints/2 is damaged (it has no ema); delete that folder to start anew.',
     ),
     (lambda run: (run / 'config.json').unlink(), 'has no config.json: pass the workdir of a run'),
     (lambda run: (run / 'config.json').write_text('{"a": '), 'config.json is damaged'),
