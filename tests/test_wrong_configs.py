@@ -209,6 +209,12 @@ def test_the_configs_that_ship_are_accepted():
       {'export_dtype': 'float8'},
       'export_dtype=float8 is unknown: choose one of float32, ',
     ),
+    (
+      'selfforcing',
+      {'model.dtype': 'float8'},
+      'model.dtype=float8 is unknown: choose one of float32, ',
+    ),
+    ('vae', {'vae.dtype': 'double'}, 'vae.dtype=double is unknown: choose one of float32, '),
     ('selfforcing', {'log.every': 0}, 'log.every=0 must be positive.'),
     ('selfforcing', {'log.samples': 0}, 'log.samples=0 must be positive.'),
     ('selfforcing', {'log.samples_every': -1}, 'log.samples_every=-1 must be zero or positive.'),
@@ -221,6 +227,19 @@ def test_the_configs_that_ship_are_accepted():
     ('selfforcing', {'generator_every': 0}, 'generator_every=0 must be positive.'),
     ('selfforcing', {'dmd.t_min': 990.0}, 'dmd.t_min=990.0 must be below dmd.t_max=980.0'),
     ('selfforcing', {'ema.decay': 1.5}, 'ema.decay=1.5 must be between 0 and 1.'),
+    (
+      'selfforcing',
+      {'optim.critic.lr': float('nan')},
+      'optim.critic.lr=nan must be a number, zero or positive.',
+    ),
+    ('teacher', {'optim.text.lr': -1.0}, 'optim.text.lr=-1.0 must be zero or positive.'),
+    (
+      'selfforcing',
+      {'optim.generator.b1': 1.0},
+      'optim.generator.b1=1.0 must be zero or positive, and below 1.',
+    ),
+    ('selfforcing', {'dmd.guidance': float('inf')}, 'dmd.guidance=inf must be a number, zero or'),
+    ('selfforcing', {'dmd.shift': 0.0}, 'dmd.shift=0.0 must be positive.'),
     (
       'selfforcing',
       {'optim.critic.clip': 0.0},
@@ -326,8 +345,8 @@ def test_the_configs_that_ship_are_accepted():
     ),
     (
       'teacher',
-      {'optim.dit.warmup': 14000},
-      'leaves nothing after warmup=14000; raise total or lower warmup.',
+      {'optim.dit.warmup': 100, 'optim.dit.total': 100},
+      'leaves nothing after warmup=100; raise total or lower warmup.',
     ),
     ('vae', {'data.frames': 20}, 'data.frames=20 must be 4n + 1, such as 21.'),
     ('vae', {'statistics_clips': 6}, 'statistics_clips=6 must be a multiple of 4.'),
