@@ -19,6 +19,7 @@ from salt_jax.models.clip import ClipConfig
 
 FEW_STEP = ('ode', 'causal_ode', 'causal_cd', 'selfforcing')  # stages that make a few-step student
 FORCED = ('ar', 'causal_ode', 'causal_cd')  # stages that train behind clean clips
+SIZES = ('nano', '1.3b', '14b')
 MAX_STEPS = 8  # of a student that is sampled; all step counts share one program of this length
 
 
@@ -45,7 +46,11 @@ _POSITIVE = (
   'schedule.steps',
   'schedule.shift',
   'triples.segments',
-  *(f'{dit}.{size}' for dit in ('model', 'teacher') for size in ('dim', 'heads', 'layers')),
+  *(
+    f'{dit}.{size}'
+    for dit in ('model', 'teacher')
+    for size in ('dim', 'ffn_dim', 'heads', 'layers')
+  ),
   'pairs.count',
   'pairs.steps',
   'pairs.batch',
@@ -103,6 +108,8 @@ def check(config: ConfigDict) -> None:
   Raises:
     InputError: naming the first such value and what it may be.
   """
+  if config.size not in SIZES:
+    raise InputError(f'size={config.size} is unknown: choose one of {", ".join(SIZES)}.')
   _ranges(config)
   for whole, part in _DIVIDED:
     if _values(config, whole) and _values(config, whole)[0] % _values(config, part)[0]:

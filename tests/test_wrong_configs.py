@@ -44,6 +44,8 @@ def test_the_configs_that_ship_are_accepted():
   'stage, changes, sentence',
   [
     ('selfforcing', {'model.dim': 130}, 'dim 130 does not divide into 4 heads of even width.'),
+    ('selfforcing', {'size': 'foo'}, 'size=foo is unknown: choose one of nano, 1.3b, 14b.'),
+    ('selfforcing', {'model.ffn_dim': 0}, 'model.ffn_dim=0 must be positive.'),
     ('selfforcing', {'model.heads': 0}, 'model.heads=0 must be positive.'),
     (
       'selfforcing',
