@@ -203,6 +203,23 @@ def test_the_frame_wise_student(folder):
   assert 0 < metrics['grad_norm'] < 100 and metrics['loss'] > 0
 
 
+def _assert_each_step_moves_its_own(state, moved, fitted):
+  """The generator's moves the student and, by its decay of 0.95, the average; the critic's the critic alone."""
+  same = functools.partial(jax.tree.map, np.testing.assert_array_equal)
+  same(moved.params['critic'], state.params['critic'])
+  jax.tree.map(
+    lambda got, old, new: np.testing.assert_allclose(got, 0.95 * old + 0.05 * new, atol=1e-7),
+    moved.ema['generator'],
+    state.ema['generator'],
+    moved.params['generator'],
+  )
+  same((fitted.ema, fitted.updates), (moved.ema, moved.updates))
+  same(fitted.params['generator'], moved.params['generator'])
+  for before, after, name in ((state, moved, 'generator'), (moved, fitted, 'critic')):
+    pairs = zip(*map(jax.tree.leaves, (before.params[name], after.params[name])), strict=True)
+    assert max(np.abs(a - b).max() for a, b in pairs) > 1e-6
+
+
 def test_the_bidirectional_student(folder):
   config = tiny_config.shrink(bidirectional.get_config('nano'), folder)
   config.rollout.chunk = FRAMES
@@ -212,10 +229,11 @@ def test_the_bidirectional_student(folder):
   active = [float(m['active_consistency']) for m in seen]
   assert [a == 1 for a in active] == [0 < m['exit'] < 7 for m in seen] and 0 < sum(active) < 12
   assert run._cache_size() == 1
-  _, metrics = jax.jit(functools.partial(step.critic_step, recipe=rec))(
-    state, frozen, batch, np.int32(0)
-  )
+  fit = jax.jit(functools.partial(step.critic_step, recipe=rec))
+  moved, _ = run(state, frozen, batch, np.int32(0))
+  fitted, metrics = fit(moved, frozen, batch, np.int32(0))
   assert np.isfinite(metrics['loss'])
+  _assert_each_step_moves_its_own(state, moved, fitted)
 
 
 def test_a_profile_names_networks_and_optimizer(folder):
