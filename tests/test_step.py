@@ -1,6 +1,7 @@
 """The generator step with all terms: one program for every draw, sleeping terms cost nothing and change nothing."""
 
 import collections
+import dataclasses
 import functools
 import re
 
@@ -11,7 +12,7 @@ import pytest
 
 from configs import dmd as bidirectional
 from salt_jax import recipe as recipes
-from salt_jax import stages, step
+from salt_jax import stages, step, weights
 from salt_jax import state as states
 from salt_jax.models import wan
 from tests import tiny_config
@@ -234,6 +235,36 @@ def test_the_bidirectional_student(folder):
   fitted, metrics = fit(moved, frozen, batch, np.int32(0))
   assert np.isfinite(metrics['loss'])
   _assert_each_step_moves_its_own(state, moved, fitted)
+
+
+def test_dropped_texts_are_the_unconditional_prompt(folder):
+  """All of them at a share of 1, none at 0: told by the loss of flow matching, whose noise knows no text."""
+  config = tiny_config.stage('teacher', folder)
+  config.batch = 2
+  rec = recipes.build(config)
+  frozen = {'negative': stages.serving(config, rec)['negative']}
+  rows = (config.batch, rec.text_length)
+  nets = {
+    'dit': weights.load(f'{folder}/teacher.safetensors', 'dit', rec.model),
+    'text': weights.load(f'{folder}/text.safetensors', 'umt5', rec.text),
+  }
+  state = states._new(jax.tree.map(jnp.asarray, nets), rec.optimizers, ('dit', 'text'))
+  latents = jax.random.normal(jax.random.key(0), (config.batch, *recipes.latent_shape(config)))
+  batch = {'index': jnp.arange(config.batch), 'latents': latents}
+  one, other = (
+    {'ids': jnp.full(rows, word), 'mask': jnp.arange(rows[1]) < jnp.full(rows, 5)}
+    for word in (3, 7)
+  )
+  none = {name: jnp.broadcast_to(x, rows) for name, x in frozen['negative'].items()}
+
+  def losses(share, *prompts):
+    at = dataclasses.replace(rec, text_dropout=share)
+    run = jax.jit(functools.partial(step.flow_step, recipe=at))
+    return [float(run(state, frozen, batch | text, np.int32(0))[1]['loss']) for text in prompts]
+
+  kept_one, kept_other, kept_none = losses(0.0, one, other, none)
+  assert len({kept_one, kept_other, kept_none}) == 3
+  assert losses(1.0, one, other) == pytest.approx([kept_none] * 2, rel=1e-6)
 
 
 def test_a_profile_names_networks_and_optimizer(folder):
