@@ -126,6 +126,13 @@ def adamw(lr: float, **changes) -> ConfigDict:
   return ConfigDict(fields | changes)
 
 
+def ema(config: ConfigDict) -> dict:
+  """The average of a distilled student: above nano it begins at iteration 200, counted in generator updates."""
+  if config.size == 'nano':
+    return dict(decay=0.95, start=0)
+  return dict(decay=0.99, start=200 // config.generator_every)
+
+
 def sharding(size: str) -> dict:
   """Mesh and rules: nano is replicated, data parallel; the real sizes shard everything over fsdp."""
   if size == 'nano':

@@ -37,7 +37,7 @@ def get_config(arg=None):
     generator=base.adamw(2e-4 if nano else 2e-6, b1=0.0),
     critic=base.adamw(4e-4 if nano else 4e-7, b1=0.0),
   )
-  config.ema = dict(decay=0.95 if nano else 0.99, start=0 if nano else 200)
+  config.ema = base.ema(config)
   config.data = dict(kind='captions' if nano else 'prompts', path='' if nano else 'prompts.txt')
   config.evaluate = dict(clips=16, rows=4, steps=(4, 2), teacher_steps=24, guidance=4.0)
   if arg.i2v:

@@ -23,9 +23,8 @@ def get_config(arg=None):
 
 def _vae(steps):
   config = base.common(name='pretrain-vae', stage='vae', size='nano', total_steps=steps, batch=8)
-  config.data = dict(
-    kind='clips', frames=81
-  )  # shorter clips are cheaper, but then colours drift in longer ones
+  # Shorter clips are cheaper, but then colours drift in longer ones.
+  config.data = dict(kind='clips', frames=81)
   config.l1_weight = 0.1
   config.kl_weight = 1e-4
   config.statistics_clips = 512  # whose latents are brought to mean 0, deviation 1 at the end

@@ -73,9 +73,7 @@ def get_config(arg=None):
     generator=base.adamw(5e-4 if nano else 2e-6, b1=0.0),
     critic=base.adamw(4e-4 if nano else 4e-7, b1=0.0),
   )
-  config.ema = dict(
-    decay=0.95 if nano else 0.99, start=0 if nano else 200
-  )  # start counts critic updates
+  config.ema = base.ema(config)
   if not nano and arg.backbone == 'causal_forcing':
     config.weights.init = f'weights/causal_forcing_init_{arg.size}.safetensors'
   config.data = dict(kind='captions' if nano else 'prompts', path='' if nano else 'prompts.txt')

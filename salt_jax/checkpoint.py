@@ -172,8 +172,14 @@ def _alone() -> ocp.options.MultiprocessingOptions:
 
 
 def networks(manager: ocp.CheckpointManager, step: int) -> tuple[dict, dict]:
-  """What Orbax knows of the arrays of the averaged networks, and of those as they were trained."""
+  """What Orbax knows of the arrays of the averaged networks, and of those as they were trained.
+
+  Raises:
+    InputError: the step has lost the former.
+  """
   stored = manager.metadata(step).item_metadata
+  if not stored.get('ema'):
+    raise damaged(manager.directory / str(step), 'it has no ema', sorted(manager.all_steps()))
   state = stored['state'].tree if stored.get('state') else {}
   return stored['ema'].tree, state.get('params', {})
 

@@ -19,7 +19,14 @@ from salt_jax.models.clip import ClipConfig
 
 FEW_STEP = ('ode', 'causal_ode', 'causal_cd', 'selfforcing')  # stages that make a few-step student
 FORCED = ('ar', 'causal_ode', 'causal_cd')  # stages that train behind clean clips
+SIZES = ('nano', '1.3b', '14b')
 MAX_STEPS = 8  # of a student that is sampled; all step counts share one program of this length
+
+
+def _of_optimizers(*fields: str) -> tuple[str, ...]:
+  networks = ('generator', 'critic', 'vae', 'dit', 'text')
+  return tuple(f'optim.{name}.{field}' for name in networks for field in fields)
+
 
 _POSITIVE = (
   'batch',
@@ -39,7 +46,11 @@ _POSITIVE = (
   'schedule.steps',
   'schedule.shift',
   'triples.segments',
-  *(f'{dit}.{size}' for dit in ('model', 'teacher') for size in ('dim', 'heads', 'layers')),
+  *(
+    f'{dit}.{size}'
+    for dit in ('model', 'teacher')
+    for size in ('dim', 'ffn_dim', 'heads', 'layers')
+  ),
   'pairs.count',
   'pairs.steps',
   'pairs.batch',
@@ -52,6 +63,11 @@ _POSITIVE = (
   'evaluate.rows',
   'evaluate.steps',
   'evaluate.teacher_steps',
+  'evaluate.shift',
+  'dmd.shift',
+  'alignment.shift',
+  'flow_shift',
+  *_of_optimizers('eps'),
 )
 _NATURAL = (
   'seed',
@@ -72,8 +88,16 @@ _NATURAL = (
   'reference.start',
   'alignment.layer',
   'alignment.margin',
+  'dmd.guidance',
+  'evaluate.guidance',
+  'pairs.guidance',
+  'causal_consistency.guidance',
+  'l1_weight',
+  'kl_weight',
+  *_of_optimizers('lr', 'weight_decay', 'warmup', 'total'),
 )
 _SHARES = ('ema.decay', 'text_dropout', 'rollout.context_noise', 'schedule.probs', 'forcing.noise')
+_MOMENTS = _of_optimizers('b1', 'b2')  # at 1 the correction for their start divides by 0
 _PIXELS = 16  # of a token's side: 8 of the VAE, 2 of the patch
 _DIVIDED = (('pairs.count', 'pairs.batch'), ('latents.count', 'latents.batch'))
 
@@ -84,16 +108,15 @@ def check(config: ConfigDict) -> None:
   Raises:
     InputError: naming the first such value and what it may be.
   """
+  if config.size not in SIZES:
+    raise InputError(f'size={config.size} is unknown: choose one of {", ".join(SIZES)}.')
   _ranges(config)
   for whole, part in _DIVIDED:
     if _values(config, whole) and _values(config, whole)[0] % _values(config, part)[0]:
       raise InputError(
         f'{whole}={_values(config, whole)[0]} must be a multiple of {part}={_values(config, part)[0]}.'
       )
-  if config.export_dtype not in convert.DTYPES:
-    raise InputError(
-      f'export_dtype={config.export_dtype} is unknown: choose one of {", ".join(convert.DTYPES)}.'
-    )
+  _dtypes(config)
   for name in ('model', 'teacher'):
     if name in config:
       _check_dit(config, name)
@@ -169,6 +192,7 @@ def _ranges(config: ConfigDict) -> None:
     (_POSITIVE, 'positive', lambda x: x > 0),
     (_NATURAL, 'zero or positive', lambda x: x >= 0),
     (_SHARES, 'between 0 and 1', lambda x: 0 <= x <= 1),
+    (_MOMENTS, 'zero or positive, and below 1', lambda x: 0 <= x < 1),
   )
   for paths, words, holds in tests:
     for path in paths:
@@ -179,6 +203,15 @@ def _ranges(config: ConfigDict) -> None:
   for value in (v for path in ('schedule.steps', 'evaluate.steps') for v in _values(config, path)):
     if not isinstance(value, int):
       raise InputError(f'{value} in schedule.steps or evaluate.steps must be a whole number.')
+
+
+def _dtypes(config: ConfigDict) -> None:
+  networks = ('model', 'teacher', 'vae', 'text', 'clip')
+  for path in ('export_dtype', *(f'{name}.dtype' for name in networks)):
+    for value in _values(config, path):
+      if value not in convert.DTYPES:
+        known = ', '.join(convert.DTYPES)
+        raise InputError(f'{path}={value} is unknown: choose one of {known}.')
 
 
 def _check_dit(config: ConfigDict, name: str) -> None:

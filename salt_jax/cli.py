@@ -18,13 +18,13 @@ from ml_collections import ConfigDict, config_flags
 
 from salt_jax.errors import InputError, Preempted
 
-PREEMPTED = (
-  75  # exit code of a run that saved and left because it was told to; the same command goes on
-)
+# Exit code of a run that saved and left because it was told to; the same command goes on.
+PREEMPTED = 75
 
 # What the environment of a TPU's machine says of it; other names that start so are set by JAX wherever libtpu is.
 OF_A_SLICE = ('TPU_WORKER_ID', 'TPU_WORKER_HOSTNAMES', 'TPU_ACCELERATOR_TYPE', 'TPU_TOPOLOGY')
 
+_TRACEBACK = 'Traceback (most recent call last)'
 _REWORDED = {
   'invalid literal for int() with base 10: ': 'a whole number is needed, not ',
   'could not convert string to float: ': 'a number is needed, not ',
@@ -140,17 +140,17 @@ def _check_key(config: ConfigDict, path: str) -> None:
 
 
 def _origin(error: BaseException) -> BaseException:
-  """The InputError that libraries wrapped, or the error itself."""
-  found, link = error, error
-  while link:
-    found = link if isinstance(link, InputError) else found
+  """The InputError that libraries wrapped, with what our own code added to it; or the error itself."""
+  link = error
+  # A mistake in a config file comes back as an error of its own type whose message is the traceback.
+  while link and not (isinstance(link, InputError) and _TRACEBACK not in str(link)):
     link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
-  return found
+  return link or error
 
 
 def _is_crash(error: BaseException) -> bool:
   """A mistake in the code of a config file, which wants its traceback."""
-  return 'Traceback (most recent call last)' in str(_origin(error))
+  return _TRACEBACK in str(_origin(error))
 
 
 def _refuse(error: Exception) -> int:

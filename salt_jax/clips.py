@@ -46,9 +46,8 @@ HEADROOM = 6.0  # Largest distance of the start from the wall behind the object.
 # Share of clips with two objects: they are the harder ones to learn.
 TWO_OBJECTS = {'train': 0.5, 'seen': 0.25, 'unseen': 0.25}
 HOLD_OUT_EVERY = 10
-GRAIN = (
-  256  # Bilinear weights are multiples of 1/256, so 8-bit values times two weights fit float32.
-)
+# Bilinear weights are multiples of 1/256, so 8-bit values times two weights fit float32.
+GRAIN = 256
 
 
 class Phrase(NamedTuple):

@@ -21,9 +21,8 @@ from salt_jax.recipe import Recipe
 from salt_jax.sharding import over_space, replicated
 from salt_jax.step import to_bytes, to_unit
 
-POSITIONS = (
-  2**13
-)  # latent positions in a part: one frame of 480x832 has 6,240, all of a nano clip 1,344
+# Latent positions in a part: one frame of 480x832 has 6,240, all of a nano clip 1,344.
+POSITIONS = 2**13
 
 
 def latents_at_once(rows: int, columns: int) -> int:

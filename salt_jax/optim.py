@@ -48,7 +48,7 @@ def make_optimizer(cfg: ml_collections.ConfigDict) -> optax.GradientTransformati
   Raises:
     InputError: a clip that is not positive, or a bad schedule.
   """
-  if cfg.clip <= 0:
+  if not cfg.clip > 0:
     raise InputError(f'clip={cfg.clip}: the largest gradient norm must be positive.')
   adamw = optax.adamw(
     learning_rate(cfg), b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay

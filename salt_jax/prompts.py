@@ -29,6 +29,8 @@ def read(path: str) -> list[Entry]:
   Raises:
     InputError: the file is missing, not UTF-8 text, or holds no prompt; or a line is empty or wrong, by its number.
   """
+  if not path:
+    raise InputError('no prompt file is named: give one of one prompt a line as data.path.')
   if not os.path.isfile(path):
     raise InputError(f'prompt file {path} is missing: write one prompt a line there.')
   with open(path, 'rb') as file:
@@ -45,9 +47,8 @@ def read(path: str) -> list[Entry]:
   return entries
 
 
-Line = tuple[
-  int, object, object
-]  # number in the file, prompt and negative prompt as they stand there
+# Number in the file, prompt and negative prompt as they stand there.
+Line = tuple[int, object, object]
 
 
 def _plain(text: str, path: str) -> Iterator[Line]:

@@ -99,9 +99,9 @@ def shardings(
     The same tree with a NamedSharding at each leaf.
 
   Raises:
-    InputError: no pattern matches a path, or a written-out spec does not fit its array.
+    InputError: a pattern is none, no pattern matches a path, or a written-out spec does not fit its array.
   """
-  patterns = [(re.compile(pattern), rule) for pattern, rule in rules]
+  patterns = [(_compiled(pattern), rule) for pattern, rule in rules]
 
   def place(path, leaf) -> NamedSharding:
     name = jax.tree_util.keystr(path, simple=True, separator='/')
@@ -282,6 +282,15 @@ def _parts(length: int, devices: int) -> int:
 
 def _local_mesh() -> Mesh:
   return Mesh(np.array(jax.local_devices()), ('rows',))
+
+
+def _compiled(pattern: str) -> re.Pattern:
+  try:
+    return re.compile(pattern)
+  except re.error as error:
+    raise InputError(
+      f"the pattern '{pattern}' of a sharding rule is no regular expression: {error}."
+    ) from error
 
 
 def _spec(

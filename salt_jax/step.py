@@ -27,15 +27,15 @@ from salt_jax.models.prompt import Prompt
 from salt_jax.recipe import Recipe, draw
 from salt_jax.state import TrainState
 
-_STREAMS = {'generator': 0, 'critic': 1, 'vae': 2, 'dit': 3}
-_FEATURES = (
-  2**20
-)  # key of the noise that features are taken at; frames, which fold in too, stay below
+# Of a step's keys, and of its data.
+STREAMS = {'generator': 0, 'critic': 1, 'vae': 2, 'dit': 3}
+# Key of the noise that features are taken at; frames, which fold in too, stay below.
+_FEATURES = 2**20
 
 
 def step_keys(recipe: Recipe, n: Int[Array, ''], stream: str, index: Int[Array, 'b']):
   """(a key for what all examples share, a key for each example) of step n."""
-  key = jax.random.fold_in(jax.random.fold_in(jax.random.key(recipe.seed), n), _STREAMS[stream])
+  key = jax.random.fold_in(jax.random.fold_in(jax.random.key(recipe.seed), n), STREAMS[stream])
   shared, examples = jax.random.split(key)
   return shared, flow.example_keys(examples, index)
 

@@ -25,6 +25,7 @@ from salt_jax.places import check_local
 from salt_jax.preemption import Notices
 from salt_jax.profiling import Profiler
 from salt_jax.progress import Progress
+from salt_jax.step import STREAMS
 
 log = logging.getLogger(__name__)
 
@@ -243,7 +244,7 @@ def _guarded(call: _Call, traces: collections.Counter, progress: Progress):
 
 def _feed(spec: stages.StepSpec, config: ConfigDict, start: int, mesh):
   done = -(-start // spec.every)  # calls of this step before `start`
-  seed = config.seed + list('gcvd').index(spec.name[0])
+  seed = config.seed + STREAMS[spec.name]
   rows = sharding.rows_here(config.batch, mesh)
   return spec.feed(Feed(config.batch, seed, done, rows, config.workers))
 

@@ -62,9 +62,8 @@ DIMENSIONS = {
   'overall_consistency': Dimension(0.0, 0.364, False),
 }
 TOTALS = ('quality', 'semantic', 'total')
-_PERCENT = (
-  'imaging_quality',
-)  # of which a video's figure is out of 100 and the whole one out of 1
+# Of these a video's figure is out of 100 and the whole one out of 1.
+_PERCENT = ('imaging_quality',)
 _PARTIAL = ('color', 'temporal_flickering')  # videos without the object, or that move, are left out
 
 

@@ -1,5 +1,6 @@
 """Video files and contact sheets, with Pillow alone; MP4 with PyAV, which is the extra `video`."""
 
+import collections
 import fractions
 import importlib.util
 import os
@@ -191,7 +192,7 @@ def _line(label: str, caption: str, strip: Image.Image) -> Image.Image:
 
 
 def contact_sheet(path: str, rows: Sequence[Row], frames: int = 9, upscale: int = 2) -> None:
-  """Writes a PNG with one row a video, gathered in blocks of one caption.
+  """Writes a PNG with one row a video, gathered in blocks of one caption; a label's next video of it begins another.
 
   Args:
     path: PNG file to write.
@@ -204,9 +205,11 @@ def contact_sheet(path: str, rows: Sequence[Row], frames: int = 9, upscale: int 
   """
   if not rows:
     raise InputError(f'no videos were given for the contact sheet {path}: give at least one.')
-  blocks = {caption: [] for _, caption, _ in rows}
+  blocks, seen = collections.defaultdict(list), collections.Counter()
   for label, caption, video in rows:
-    blocks[caption].append(_line(label, caption, _strip(video, frames, upscale)))
+    block = blocks[caption, seen[label, caption]]
+    block.append(_line(label, caption, _strip(video, frames, upscale)))
+    seen[label, caption] += 1
   lines = [line for block in blocks.values() for line in block]
   height = sum(line.height + GAP for line in lines) + BLOCK_GAP * (len(blocks) - 1)
   sheet = Image.new('RGB', (max(line.width for line in lines), height), PAPER)

@@ -30,3 +30,11 @@ def checkout(tmp_path_factory):
 def cloud(tmp_path, checkout):
   """A world in which its calls of gcloud end."""
   yield from clouds.make_cloud(tmp_path, checkout)
+
+
+@pytest.fixture
+def programs():
+  """The programs of the package, to be run in this process."""
+  from tests import commands  # imports JAX, which reads the environment above
+
+  yield from commands.programs()

@@ -1,4 +1,4 @@
-"""How programs start, apart from what they refuse (test_inputs)."""
+"""How programs start, apart from what they refuse (test_wrong_commands)."""
 
 import glob
 import importlib.metadata

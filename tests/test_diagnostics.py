@@ -25,16 +25,6 @@ from tests import tiny, tiny_config
 
 APPLY = wan.bind(tiny.WAN)
 SIGMAS = flow.few_step_sigmas(8, 5.0)
-# salt_method.md 2.3, by labels: s -> e -> the possible m.
-TABLE = {
-  1000: {750: {875}, 500: {875, 750, 625}},
-  875: {500: {750, 625}, 250: {750, 625, 500, 375}},
-  750: {500: {625}, 250: {625, 500, 375}},
-  625: {250: {500, 375}, 0: {500, 375, 250, 125}},
-  500: {250: {375}, 0: {375, 250, 125}},
-  375: {0: {250, 125}},
-  250: {0: {125}},
-}
 
 
 @pytest.fixture(scope='module')
@@ -75,7 +65,7 @@ def _ignoring(subject):
 
 def test_triples_are_the_table_of_the_method():
   got = [tuple(1000 - 125 * i for i in triple) for triple in probes.triples(8)]
-  expected = [(s, m, e) for s, ends in TABLE.items() for e, ms in ends.items() for m in ms]
+  expected = [(s, m, e) for s, ends in tiny.TRIPLES.items() for e, ms in ends.items() for m in ms]
   assert len(got) == len(set(got)) == 27 and set(got) == set(expected)
 
 

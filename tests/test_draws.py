@@ -13,17 +13,6 @@ from tests import tiny
 
 SALT = draws.Schedule(steps=(8, 4, 2), probs=(0.4, 0.4, 0.2), shift=5.0)
 EIGHT = draws.Schedule(steps=(8,), probs=(1.0,), shift=5.0)
-# salt_method.md 2.3, in labels before the shift: start -> {end: possible middles}.
-TABLE = {
-  1000: {750: {875}, 500: {875, 750, 625}},
-  875: {500: {750, 625}, 250: {750, 625, 500, 375}},
-  750: {500: {625}, 250: {625, 500, 375}},
-  625: {250: {500, 375}, 0: {500, 375, 250, 125}},
-  500: {250: {375}, 0: {375, 250, 125}},
-  375: {0: {250, 125}},
-  250: {0: {125}},
-  125: {},
-}
 
 
 def _label(sigma):
@@ -70,7 +59,7 @@ def test_triples_reproduce_the_table_entry_by_entry():
     if active:
       seen[start][end][middle] += 1
   found = {s: {e: set(m) for e, m in ends.items()} for s, ends in seen.items()} | {125: {}}
-  assert found == TABLE
+  assert found == tiny.TRIPLES
   # 2500 draws an exit, an end has half of them: standard deviation 25.
   for start, ends in seen.items():
     total = sum(sum(m.values()) for m in ends.values())

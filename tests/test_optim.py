@@ -104,6 +104,7 @@ def test_schedules():
     ({'schedule': 'linear'}, "'linear'"),
     ({'warmup': 10}, 'warmup=10'),
     ({'clip': 0.0}, 'clip=0'),
+    ({'clip': float('nan')}, 'clip=nan'),
   ],
 )
 def test_bad_settings_are_named(changes, words):

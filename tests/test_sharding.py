@@ -75,6 +75,11 @@ def test_path_without_a_rule_is_named():
     )
 
 
+def test_a_pattern_that_is_none_is_refused():
+  with pytest.raises(InputError, match=r"the pattern '\(' of a sharding rule is no regular expr"):
+    sharding.shardings({'w': _struct(4)}, _one_device_mesh(), [('(', 'replicate')])
+
+
 @pytest.mark.parametrize(
   'rule, words',
   [

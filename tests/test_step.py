@@ -1,6 +1,7 @@
 """The generator step with all terms: one program for every draw, sleeping terms cost nothing and change nothing."""
 
 import collections
+import dataclasses
 import functools
 import re
 
@@ -11,7 +12,7 @@ import pytest
 
 from configs import dmd as bidirectional
 from salt_jax import recipe as recipes
-from salt_jax import stages, step
+from salt_jax import stages, step, weights
 from salt_jax import state as states
 from salt_jax.models import wan
 from tests import tiny_config
@@ -203,6 +204,23 @@ def test_the_frame_wise_student(folder):
   assert 0 < metrics['grad_norm'] < 100 and metrics['loss'] > 0
 
 
+def _assert_each_step_moves_its_own(state, moved, fitted):
+  """The generator's moves the student and, by its decay of 0.95, the average; the critic's the critic alone."""
+  same = functools.partial(jax.tree.map, np.testing.assert_array_equal)
+  same(moved.params['critic'], state.params['critic'])
+  jax.tree.map(
+    lambda got, old, new: np.testing.assert_allclose(got, 0.95 * old + 0.05 * new, atol=1e-7),
+    moved.ema['generator'],
+    state.ema['generator'],
+    moved.params['generator'],
+  )
+  same((fitted.ema, fitted.updates), (moved.ema, moved.updates))
+  same(fitted.params['generator'], moved.params['generator'])
+  for before, after, name in ((state, moved, 'generator'), (moved, fitted, 'critic')):
+    pairs = zip(*map(jax.tree.leaves, (before.params[name], after.params[name])), strict=True)
+    assert max(np.abs(a - b).max() for a, b in pairs) > 1e-6
+
+
 def test_the_bidirectional_student(folder):
   config = tiny_config.shrink(bidirectional.get_config('nano'), folder)
   config.rollout.chunk = FRAMES
@@ -212,10 +230,41 @@ def test_the_bidirectional_student(folder):
   active = [float(m['active_consistency']) for m in seen]
   assert [a == 1 for a in active] == [0 < m['exit'] < 7 for m in seen] and 0 < sum(active) < 12
   assert run._cache_size() == 1
-  _, metrics = jax.jit(functools.partial(step.critic_step, recipe=rec))(
-    state, frozen, batch, np.int32(0)
-  )
+  fit = jax.jit(functools.partial(step.critic_step, recipe=rec))
+  moved, _ = run(state, frozen, batch, np.int32(0))
+  fitted, metrics = fit(moved, frozen, batch, np.int32(0))
   assert np.isfinite(metrics['loss'])
+  _assert_each_step_moves_its_own(state, moved, fitted)
+
+
+def test_dropped_texts_are_the_unconditional_prompt(folder):
+  """All of them at a share of 1, none at 0: told by the loss of flow matching, whose noise knows no text."""
+  config = tiny_config.stage('teacher', folder)
+  config.batch = 2
+  rec = recipes.build(config)
+  frozen = {'negative': stages.serving(config, rec)['negative']}
+  rows = (config.batch, rec.text_length)
+  nets = {
+    'dit': weights.load(f'{folder}/teacher.safetensors', 'dit', rec.model),
+    'text': weights.load(f'{folder}/text.safetensors', 'umt5', rec.text),
+  }
+  state = states._new(jax.tree.map(jnp.asarray, nets), rec.optimizers, ('dit', 'text'))
+  latents = jax.random.normal(jax.random.key(0), (config.batch, *recipes.latent_shape(config)))
+  batch = {'index': jnp.arange(config.batch), 'latents': latents}
+  one, other = (
+    {'ids': jnp.full(rows, word), 'mask': jnp.arange(rows[1]) < jnp.full(rows, 5)}
+    for word in (3, 7)
+  )
+  none = {name: jnp.broadcast_to(x, rows) for name, x in frozen['negative'].items()}
+
+  def losses(share, *prompts):
+    at = dataclasses.replace(rec, text_dropout=share)
+    run = jax.jit(functools.partial(step.flow_step, recipe=at))
+    return [float(run(state, frozen, batch | text, np.int32(0))[1]['loss']) for text in prompts]
+
+  kept_one, kept_other, kept_none = losses(0.0, one, other, none)
+  assert len({kept_one, kept_other, kept_none}) == 3
+  assert losses(1.0, one, other) == pytest.approx([kept_none] * 2, rel=1e-6)
 
 
 def test_a_profile_names_networks_and_optimizer(folder):

@@ -154,6 +154,13 @@ def test_a_contact_sheet_gathers_captions_and_prints_text(tmp_path, clip):
     assert (left[top : top + 60] > 200).any()
 
 
+def test_two_clips_of_one_caption_are_two_blocks(tmp_path, clip):
+  path = str(tmp_path / 'sheet.png')
+  rows = [(label, 'a red bag moves left', clip) for label in ('teacher', 'student') * 2]
+  video.contact_sheet(path, rows, frames=2, upscale=1)
+  assert Image.open(path).height == 4 * (64 + video.GAP) + video.BLOCK_GAP
+
+
 def test_a_contact_sheet_of_nothing_is_refused(tmp_path):
   with pytest.raises(InputError, match='no videos'):
     video.contact_sheet(str(tmp_path / 'sheet.png'), [])

@@ -18,6 +18,17 @@ FLF2V = dataclasses.replace(I2V, image_len=514, image_positions=True)
 FRAMES_ALONE = dataclasses.replace(WAN, in_channels=36)
 LATENT = (4, 6, 16)
 FRAMES, CHUNK, BATCH = 6, 2, 2
+# salt_method.md 2.3, in labels before the shift: start -> {end: possible middles}.
+TRIPLES = {
+  1000: {750: {875}, 500: {875, 750, 625}},
+  875: {500: {750, 625}, 250: {750, 625, 500, 375}},
+  750: {500: {625}, 250: {625, 500, 375}},
+  625: {250: {500, 375}, 0: {500, 375, 250, 125}},
+  500: {250: {375}, 0: {375, 250, 125}},
+  375: {0: {250, 125}},
+  250: {0: {125}},
+  125: {},
+}
 
 
 @functools.cache

@@ -8,10 +8,12 @@ python -m salt_jax.main --config=tests/tiny_config.py:FOLDER,sharded
 import os
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from configs import causal_init, pretrain, selfforcing
-from salt_jax import convert, weights
+from salt_jax import convert, recipe, weights
+from salt_jax.checkpoint import Checkpoints, write_config
 from salt_jax.models import clip, text, vae, wan
 
 DIT = dict(
@@ -129,3 +131,15 @@ def write_weights(folder, i2v=False, tower=False):
   for seed, (name, cfg) in enumerate(cfgs.items()):
     _write(folder, name, cfg, seed)
   return folder
+
+
+def write_run(workdir, folder):
+  """A checkpoint of step 2, as `sample.load` and a restart find it: (workdir, config)."""
+  config = get_config(folder)
+  shapes = weights.shapes('dit', recipe.build(config).model)
+  params = {'generator': jax.tree.map(lambda x: jnp.full(x.shape, 0.5, x.dtype), shapes)}
+  write_config(str(workdir), config)
+  checkpoints = Checkpoints(str(workdir / 'checkpoints'))
+  checkpoints.save(2, {'state': {'params': params}, 'ema': params}, {'data_step': 2}, force=True)
+  checkpoints.close()
+  return workdir, config

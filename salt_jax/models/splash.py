@@ -15,9 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from salt_jax.errors import InputError
 
-SAVED = (
-  'attention'  # name of the result for a remat policy; keeping it spares the kernel's forward pass
-)
+# Name of the result for a remat policy; keeping it spares the kernel's forward pass.
+SAVED = 'attention'
 LANES = 128  # all blocks are multiples
 # Largest (queries, keys, keys at once) of a block, by device kind: 4,680 tokens, a chunk of 480x832, pad to 4,992.
 # Keys in blocks of 1,024 are at most 2.4% more than are seen (2,048: 4.7%), and compile in half the time; none has been
