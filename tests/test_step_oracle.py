@@ -39,7 +39,7 @@ def _world(folder, **changes):
   config = tiny_config.get_config(folder)
   config.batch = 2
   config.model.remat = config.teacher.remat = False
-  config.losses.update(dmd=0.25, consistency=8.0, alignment=3.0)
+  config.losses.update(dmd=0.25, consistency=200.0, alignment=3.0)
   config.reference.coupling = 'aligned_b'
   config.update_from_flattened_dict(changes)
   rec = recipes.build(config)
@@ -85,6 +85,8 @@ def alternative(folder):
       'consistency.warmup': 60,
       'reference.share_exit_input': True,
       'alignment.network': 'critic',
+      # Caches alone make a small difference, which the released margin leaves free.
+      'alignment.margin': 1e-3,
       'rollout.window': 5,
       'rollout.sink': 1,
       'rollout.context_noise': 0.1,
@@ -222,7 +224,8 @@ def _alignment(world, x0, aim, keys):
     h = h / jnp.linalg.norm(h, axis=-1, keepdims=True)
     return h @ jnp.moveaxis(h, -1, -2)
 
-  return jnp.maximum(jnp.abs(relations(x0) - stop(relations(aim))) - 0.1, 0).mean()
+  difference = jnp.abs(relations(x0) - stop(relations(aim)))
+  return jnp.maximum(difference - cfg.margin, 0).mean()
 
 
 def _terms(world, n):
@@ -255,18 +258,21 @@ def _terms(world, n):
   return terms
 
 
-def _total(world, n, found):
+def _weights(world, n):
+  """The weight of each term in step n."""
   warmup = world.rec.consistency.warmup
   ramp = 0.5 - 0.5 * np.cos(np.pi * min(n / warmup, 1)) if warmup else 1.0
-  return 0.25 * found['dmd'] + 8.0 * ramp * found['consistency'] + 3.0 * found['alignment']
+  return {'dmd': 0.25, 'consistency': 200.0 * ramp, 'alignment': 3.0}
+
+
+def _norm(tree):
+  return np.sqrt(sum(np.square(np.float64(x)).sum() for x in jax.tree.leaves(tree)))
 
 
 def _apart(before, after, expected):
   """Distance of a step of gradient descent from the gradient, as a share of its norm."""
   moved = jax.tree.map(lambda a, b: np.float64(a) - np.float64(b), before, after)
-  apart = jax.tree.map(lambda a, b: a - np.float64(b), moved, expected)
-  norm = lambda tree: np.sqrt(sum(np.square(x).sum() for x in jax.tree.leaves(tree)))  # noqa: E731
-  return norm(apart) / norm(expected)
+  return _norm(jax.tree.map(lambda a, b: a - np.float64(b), moved, expected)) / _norm(expected)
 
 
 @pytest.mark.parametrize('kind', ['consistency', 'alignment'])
@@ -279,12 +285,13 @@ def test_a_generator_step_is_the_method_written_out(which, kind, request):
   for term, value in terms(params).items():
     # Several passes in a row amplify float32 rounding, and the term of consistency is a square of differences.
     np.testing.assert_allclose(metrics[f'loss_{term}'], value, rtol=2e-3, err_msg=term)
-  grads = {term: jax.grad(lambda p, term=term: terms(p)[term])(params) for term in ('dmd', kind)}
-  zero = jax.tree.map(jnp.zeros_like, params)
-  expected = jax.tree.map(lambda *g: _total(world, n, dict(zip(grads, g, strict=True)) | {
-    other: 0.0 for other in ('consistency', 'alignment') if other != kind}), *grads.values())  # fmt: skip
-  share = _apart(zero, jax.tree.map(lambda a, b: a - b, zero, expected), grads['dmd'])
-  assert share > 0.1, 'the term is lost beside the gradient of DMD, so this test says little'
+  found = {}
+  for term in ('dmd', kind):
+    grad, weight = jax.grad(lambda p, term=term: terms(p)[term])(params), _weights(world, n)[term]
+    found[term] = jax.tree.map(lambda g, weight=weight: weight * g, grad)
+  one, other = (_norm(found[term]) for term in ('dmd', kind))
+  assert 0.05 < other / one < 20, 'one term is lost beside the other, so this says nothing of it'
+  expected = jax.tree.map(jnp.add, *found.values())
   assert _apart(params, new.params['generator'], expected) < 2e-3
 
 
