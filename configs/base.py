@@ -244,9 +244,13 @@ def terms(layers: int) -> ConfigDict:
 
 
 def first_frames(config: ConfigDict) -> None:
-  """Makes a distillation image-to-video: frames for all three networks, and clips to take them from."""
+  """Makes a distillation image-to-video: frames for all three networks, and clips to take them from.
+
+  Raises:
+    InputError: a size that has no image-to-video form.
+  """
   for name in ('model', 'teacher'):
-    config[name] = dit('nano' if config[name].dim == dit('nano').dim else '14b', i2v=True)
+    config[name] = dit(config.size, i2v=True)
   config.name += '-i2v'
   config.data = dict(kind='clips', path='')
   config.latents = dict(count=4096, batch=64)

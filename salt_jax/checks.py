@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from salt_jax import convert
 from salt_jax.diffusion.conditioning import FOLD
+from salt_jax.diffusion.draws import ReferenceConfig
 from salt_jax.diffusion.flow import TRAIN_STEPS
 from salt_jax.errors import InputError
 from salt_jax.models import rope
@@ -304,6 +305,7 @@ def _check_terms(config: ConfigDict) -> None:
           f'choose a divisor of {k}.'
         )
   if config.losses.get('alignment', 0):
+    section(ReferenceConfig, config, 'reference')
     for k, _ in config.reference.map:
       _check_known_steps('reference.map', k, steps)
     if config.rollout.chunk == config.rollout.frames:

@@ -121,7 +121,7 @@ def runs_of(
 
 
 def _check_fair(first: Run, other: Run) -> None:
-  pairs = [(key, first.config[key], other.config[key]) for key in SAME]
+  pairs = [(key, first.config.get(key), other.config.get(key)) for key in SAME]
   pairs += [
     (f'weights.{key}', first.config.weights[key], other.config.weights[key]) for key in SAME_WEIGHTS
   ]

@@ -27,7 +27,18 @@ from einops import rearrange, reduce
 from jaxtyping import Array, Float, Key, PyTree, UInt8
 from ml_collections import ConfigDict
 
-from salt_jax import charts, clips, codec, judge, monitor, recipe, sample, stages, statistics
+from salt_jax import (
+  charts,
+  clips,
+  codec,
+  judge,
+  monitor,
+  precompute,
+  recipe,
+  sample,
+  stages,
+  statistics,
+)
 from salt_jax.checks import MAX_STEPS
 from salt_jax.diffusion import flow, probes, rollout
 from salt_jax.diffusion.rollout import Plan, Rollout
@@ -37,7 +48,7 @@ from salt_jax.models import vae, wan
 from salt_jax.models.cache import KVCache
 from salt_jax.models.prompt import Prompt
 from salt_jax.recipe import TIME, Recipe
-from salt_jax.step import encode, to_unit
+from salt_jax.step import conditioning, to_unit
 
 log = logging.getLogger('salt_jax.diagnostics')
 
@@ -63,9 +74,9 @@ class Subject:
     opinion: of `judge.train`; None where nothing is judged.
     split: of the clips.
     captions: one a clip.
-    batch: their ids and mask, and the index of the clips.
+    batch: their ids and mask, the index of the clips, and what an I2V student is given of their first frames.
     keys: of the noise.
-    text: encoder rows.
+    text: encoder rows, and those first frames.
     decode: latents to uint8 video.
   """
 
@@ -79,7 +90,7 @@ class Subject:
   captions: list[str]
   batch: tuple
   keys: Key[Array, 'b']
-  text: Float[Array, 'b n d']
+  text: Prompt
   decode: Callable
 
   @property
@@ -117,6 +128,9 @@ def subject(
   frozen = stages.serving(config, rec, 'text', 'vae')
   captions = clips.captions(split, index, config.seed)
   ids, mask = stages.tokenizer(config, rec)(captions)
+  first = clips.films(index, split, config.seed, 1, config.video.height)
+  given = precompute.given(config, rec)(first)
+  fields = {'ids': ids, 'mask': mask} | given
   return Subject(
     config=config,
     rec=rec,
@@ -126,9 +140,9 @@ def subject(
     opinion=opinion,
     split=split,
     captions=captions,
-    batch=(ids, mask, index),
+    batch=(ids, mask, index, *given.values()),
     keys=sample.keys(rec, index),
-    text=jax.jit(lambda f, i, m: Prompt(encode(f, i, m, rec)))(frozen, ids, mask),
+    text=jax.jit(lambda f, fields: conditioning(f, fields, rec)[0])(frozen, fields),
     decode=codec.decoder(rec, frozen['vae']),
   )
 
@@ -152,9 +166,10 @@ def check(asked: Sequence[str], rec: Recipe) -> None:
   Raises:
     InputError: a bidirectional student, which has no cache, is asked about it.
   """
-  if rec.model.frame_channels:
+  if rec.model.frame_channels and 'drift' in asked:
     raise InputError(
-      f'--diagnose={",".join(asked)} is for students of captions alone: this one is given first frames.'
+      '--diagnose=drift needs longer clips, and a student that is given first frames makes those of its own length: '
+      'leave drift out.'
     )
   without = [name for name in asked if name != 'defect']
   if without and not rec.chunking.causal:

@@ -108,3 +108,7 @@ def test_writing_a_chunk_again_overwrites_it_in_place():
 def test_a_window_that_cannot_hold_sink_and_chunk_is_refused():
   with pytest.raises(InputError, match='window 6 is too short'):
     caches.slots_needed(21, CHUNK, 3, 6)
+  # A window as long as the clip is the full cache, and still too short for what it must hold.
+  with pytest.raises(InputError, match='window 21 is too short: it must exceed sink 20'):
+    caches.slots_needed(21, CHUNK, 20, 21)
+  assert caches.slots_needed(6, CHUNK, 3, 6) == 6

@@ -46,6 +46,10 @@ def test_runs_are_paired_by_seed():
       dict(experiments=[DMD, 'bi=configs/dmd.py:nano']),
       'bi and dmd are no fair pair: weights.init is assets:nano_teacher.safetensors in one',
     ),
+    (
+      dict(experiments=[DMD, 'ode=configs/causal_init.py:nano']),
+      'ode and dmd are no fair pair: stage is ode in one and selfforcing in the other',
+    ),
   ],
 )
 def test_what_cannot_be_compared_is_refused(arguments, sentence):

@@ -53,6 +53,9 @@ def test_image_to_video_is_for_teachers_of_sizes_that_have_it():
     pretrain.get_config('vae,i2v')
   with pytest.raises(InputError, match='1.3b has no image-to-video form: choose one of nano, 14b.'):
     base.dit('1.3b', i2v=True)
+  for module, arg in ((selfforcing, 'i2v'), (dmd, '1.3b,i2v'), (causal_init, '1.3b,stage=ode,i2v')):
+    with pytest.raises(InputError, match='1.3b has no image-to-video form: choose one of nano, 14b'):
+      module.get_config(arg)
 
 
 @pytest.mark.parametrize('module', [selfforcing, dmd])

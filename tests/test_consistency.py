@@ -1,5 +1,7 @@
 """The consistency term against NumPy float64 by the formula, and the identities of the method."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,14 +83,23 @@ def test_gradient_is_that_of_the_x0_form_with_kappa(indices):
     np.testing.assert_allclose(grad, expected, rtol=1e-3)
 
 
-def test_velocity_form_is_the_endpoint_form_over_the_squared_step():
+@pytest.mark.parametrize('stop', consistency.STOPS)
+def test_velocity_form_is_the_endpoint_form_over_the_squared_step(stop):
+  """Its gradient too, wherever it stops."""
   x = tiny.latents(0)
+
+  @functools.partial(jax.jit, static_argnums=2)
+  @functools.partial(jax.value_and_grad, argnums=0)
+  def run(theta, triple, form):
+    return _loss(theta, x, triple, ConsistencyConfig(form=form, stop_grad=stop))[0].mean()
+
   for indices in TRIPLES:
-    triple = _triple(indices)
-    endpoint, _ = _loss(0.7, x, triple, ConsistencyConfig())
-    speed, _ = _loss(0.7, x, triple, ConsistencyConfig(form='velocity'))
+    (endpoint, slope), (speed, steep) = (
+      run(0.7, _triple(indices), form) for form in ('endpoint', 'velocity')
+    )
     long = SIGMAS[indices[0]] - SIGMAS[indices[2]]
     np.testing.assert_allclose(speed * long**2, endpoint, rtol=1e-3)
+    np.testing.assert_allclose(steep * long**2, slope, rtol=1e-3)
 
 
 def test_a_straight_flow_has_no_defect():

@@ -235,6 +235,25 @@ def test_a_student_that_ignores_its_cache_is_swapped_in_vain(subject):
   assert np.abs(seeing - subject.roll(subject.plan(2)).x0)[:, 3:].max() > 1e-2
 
 
+def test_a_student_of_first_frames_is_looked_into_behind_those_of_its_clips(
+  tmp_path_factory, opinion
+):
+  folder = tiny_config.write_weights(str(tmp_path_factory.mktemp('i2v')), i2v=True)
+  subject = _subject(tiny_config.get_i2v(folder), opinion)
+  few = sample.student(subject.rec, subject.frozen)(subject.params, 2)
+  *prompts, condition = subject.batch
+  rolled = subject.roll(subject.plan(2))
+  made = np.asarray(diagnostics._sampled(subject, 2, rolled.cache))
+  np.testing.assert_allclose(made, few(*prompts, condition), atol=1e-4)
+  assert np.abs(made - few(*prompts, condition[::-1])).max() > 1e-2
+  levels = tuple(np.float32(SIGMAS[i]) for i in (4, 5, 6))
+  args = subject.apply, subject.params, subject.text, subject.roll(subject.plan(8, 4)), levels, 3
+  assert np.asarray(diagnostics.defects(*args)[1]).min() > 1e-3
+  diagnostics.check(('defect', 'cache', 'swap'), subject.rec)
+  with pytest.raises(InputError, match='--diagnose=drift needs longer clips'):
+    diagnostics.check(('defect', 'drift'), subject.rec)
+
+
 # Drift.
 
 

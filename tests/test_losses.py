@@ -55,6 +55,9 @@ def test_dmd_loss_and_gradient_by_the_formula():
   # The identity of the method: dL/dx is g over the number of elements, whatever the networks.
   np.testing.assert_allclose(grad, g / g.size, rtol=1e-3, atol=1e-9)
   np.testing.assert_allclose(aux['dmd_gradient'], np.abs(g).mean(axis=(1, 2, 3, 4)), rtol=1e-4)
+  for name, score in (('real', real), ('fake', fake)):
+    expected = np.abs(x64 - score).mean(axis=(1, 2, 3, 4))
+    np.testing.assert_allclose(aux[f'dmd_{name}'], expected, rtol=1e-4)
 
 
 MASK = np.array([False, True, True, False, True, True])

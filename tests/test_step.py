@@ -169,20 +169,6 @@ def test_alternatives_run_and_train(folder, draws_of_steps, changes):
   assert np.isfinite(metrics['grad_norm']) and metrics['grad_norm'] > 0
 
 
-def test_the_shared_exit_input_isolates_the_cache(folder, draws_of_steps):
-  """With a reference as dense as the student and the same noise, both caches are one: nothing is left to align."""
-  n = next(n for n, (kind, *_) in draws_of_steps.items() if kind == 'alignment')
-  rec, state, frozen, batch = _setup(folder, **{'alignment.kind': 'latents'})
-  plain, shared = (
-    jax.jit(functools.partial(step.generator_step, recipe=r))(state, frozen, batch, np.int32(n))[1]
-    for r in (
-      rec,
-      _setup(folder, **{'alignment.kind': 'latents', 'reference.share_exit_input': True})[0],
-    )
-  )
-  assert 0 < float(shared['loss_alignment']) != float(plain['loss_alignment']) > 0
-
-
 @pytest.mark.slow
 def test_the_frame_wise_student(folder):
   """Six chunks of one frame: the rollout asks once a frame and step, and both networks are trained."""

@@ -57,8 +57,9 @@ def story(folder):
     return spied
 
   def recache(apply, params, cache, latents, prompt, start, **how):
+    kernel = params['patch_embedding']['kernel']
     jax.debug.callback(
-      lambda *a: recached.append(jax.tree.map(np.array, a)), latents, prompt.text, start
+      lambda *a: recached.append(jax.tree.map(np.array, a)), latents, prompt.text, start, kernel
     )
     return plain(apply, params, cache, latents, prompt, start, **how)
 
@@ -126,7 +127,12 @@ def test_prompts_hold_for_a_stream_and_change_at_its_switch_with_a_recache(story
     np.testing.assert_allclose(text, expected, atol=1e-5)
     switched.append(int(metrics['switched']))
     if metrics['switched'] and switched[-2] == 0:
-      ((latents, prompt, start),) = recached
+      ((latents, prompt, start, kernel),) = recached
+      own, average = (
+        network['generator']['patch_embedding']['kernel'] for network in (before.params, before.ema)
+      )
+      np.testing.assert_array_equal(kernel, own)
+      assert np.abs(own - average).max() > 0, 'student and average are one, so this says little'
       np.testing.assert_array_equal(latents, before.stream.latents[:, -5:])
       np.testing.assert_allclose(prompt, expected, atol=1e-5)
       assert start == FRAMES + (metrics['clip'] - 1) * NEW - 5

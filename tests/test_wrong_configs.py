@@ -132,6 +132,11 @@ def test_the_configs_that_ship_are_accepted():
       {'rollout.window': 6, 'rollout.sink': 3},
       'window 6 is too short: it must exceed sink 3',
     ),
+    (
+      'selfforcing',
+      {'rollout.window': 22, 'rollout.sink': 20},
+      'window 22 is too short: it must exceed sink 20 + chunk 3.',
+    ),
     ('selfforcing', {'rollout.mode': 'ddim'}, 'rollout mode "ddim" is unknown: choose sde or ode.'),
     ('selfforcing', {'video.frames': 80}, 'video.frames=80 must be 4n + 1, such as 81.'),
     (
@@ -172,6 +177,23 @@ def test_the_configs_that_ship_are_accepted():
       'selfforcing',
       {'reference.map': ((2, (3,)),)},
       'reference.map: 3 steps are no denser form of 2; take a multiple',
+    ),
+    ('selfforcing', {'reference.map': ()}, 'reference.map () must hold pairs of a step count and'),
+    (
+      'selfforcing',
+      {'reference.map': ((2, 4),)},
+      'reference.map ((2, 4),) must hold pairs of a step count and its references, such as',
+    ),
+    ('selfforcing', {'reference.map': ((2, ()),)}, 'reference.map ((2, ()),) must hold pairs of'),
+    (
+      'selfforcing',
+      {'reference.map': ((2, (4,)), (2, (8,)))},
+      'reference.map ((2, (4,)), (2, (8,))) names a step count twice',
+    ),
+    (
+      'selfforcing',
+      {'alignment.t_min': 990.0},
+      'alignment.t_min=990.0 must be below alignment.t_max=980.0, both in 0 to 1000.',
     ),
     (
       'selfforcing',

@@ -86,12 +86,34 @@ class ReferenceConfig:
       raise InputError(
         f'reference.coupling={self.coupling} is unknown: choose one of {", ".join(COUPLINGS)}.'
       )
+    _check_pairs(self.map)
+    if len(dict(self.map)) < len(self.map):
+      raise InputError(
+        f'reference.map {self.map} names a step count twice: give it one tuple of references.'
+      )
     for steps, references in self.map:
       for reference in references:
         if reference and (reference <= steps or reference % steps):
           raise InputError(
             f'reference.map: {reference} steps are no denser form of {steps}; take a multiple, such as {2 * steps}.'
           )
+
+
+def _check_pairs(pairs) -> None:
+  """Refuses a map that is empty, or not made of (step count, references) with whole numbers."""
+  fits = isinstance(pairs, tuple) and all(
+    isinstance(pair, tuple)
+    and len(pair) == 2
+    and isinstance(pair[1], tuple)
+    and pair[1]
+    and all(isinstance(number, int) for number in (pair[0], *pair[1]))
+    for pair in pairs
+  )
+  if not pairs or not fits:
+    raise InputError(
+      f'reference.map {pairs} must hold pairs of a step count and its references, such as ((2, (4,)),); '
+      'without a reference set losses.alignment=0.'
+    )
 
 
 @struct.dataclass

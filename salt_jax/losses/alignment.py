@@ -60,6 +60,10 @@ class AlignmentConfig:
       raise InputError(
         f'alignment.t_low={self.t_low} must be below alignment.t_high={self.t_high}, both in 0 to {flow.TRAIN_STEPS}.'
       )
+    if not 0 <= self.t_min < self.t_max <= flow.TRAIN_STEPS:
+      raise InputError(
+        f'alignment.t_min={self.t_min} must be below alignment.t_max={self.t_max}, both in 0 to {flow.TRAIN_STEPS}.'
+      )
 
 
 def _unit(x):

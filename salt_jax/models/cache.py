@@ -64,13 +64,12 @@ def slots_needed(frames: int, chunk: int, sink: int, window: int | None) -> int:
   """Slots that streaming needs: those a chunk can see before itself, or the whole clip if that is less.
 
   Raises:
-    InputError: if the window is shorter than sink + chunk + 1.
+    InputError: if the window is shorter than sink + chunk, or no longer and does not hold the clip.
   """
-  if window is None or window >= frames:
-    return frames
-  if window < sink + chunk + 1:
+  whole = window is None or window >= frames
+  if window is not None and window < sink + chunk + (not whole):
     raise InputError(f'window {window} is too short: it must exceed sink {sink} + chunk {chunk}.')
-  return window - chunk
+  return frames if whole else window - chunk
 
 
 def _slot(frame, sink: int, capacity: int):
