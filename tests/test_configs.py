@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from configs import base, dmd, pretrain, selfforcing
+from configs import base, causal_init, dmd, pretrain, selfforcing
 from salt_jax.errors import InputError
 from tests.commands import sentence_of
 
@@ -54,7 +54,9 @@ def test_image_to_video_is_for_teachers_of_sizes_that_have_it():
   with pytest.raises(InputError, match='1.3b has no image-to-video form: choose one of nano, 14b.'):
     base.dit('1.3b', i2v=True)
   for module, arg in ((selfforcing, 'i2v'), (dmd, '1.3b,i2v'), (causal_init, '1.3b,stage=ode,i2v')):
-    with pytest.raises(InputError, match='1.3b has no image-to-video form: choose one of nano, 14b'):
+    with pytest.raises(
+      InputError, match='1.3b has no image-to-video form: choose one of nano, 14b'
+    ):
       module.get_config(arg)
 
 
