@@ -252,6 +252,7 @@ def first_frames(config: ConfigDict) -> None:
   for name in ('model', 'teacher'):
     config[name] = dit(config.size, i2v=True)
   config.name += '-i2v'
+  config.log.samples_every = 0  # they are made from captions alone
   config.data = dict(kind='clips', path='')
   config.latents = dict(count=4096, batch=64)
   if config.size == 'nano':

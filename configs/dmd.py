@@ -40,6 +40,7 @@ def get_config(arg=None):
   config.ema = base.ema(config)
   config.data = dict(kind='captions' if nano else 'prompts', path='' if nano else 'prompts.txt')
   config.evaluate = dict(clips=16, rows=4, steps=(4, 2), teacher_steps=24, guidance=4.0)
+  config.log.samples_every = 40 if nano else 0
   if arg.i2v:
     base.first_frames(config)
     config.weights.init = config.weights.teacher

@@ -79,6 +79,7 @@ def get_config(arg=None):
   config.data = dict(kind='captions' if nano else 'prompts', path='' if nano else 'prompts.txt')
   # At the end: judged clips of held-out images and captions, and rows of the picture.
   config.evaluate = dict(clips=16, rows=4, steps=(4, 2), teacher_steps=24, guidance=4.0)
+  config.log.samples_every = 40 if nano else 0
   if arg.i2v:
     base.first_frames(config)
   if arg.streaming:

@@ -131,6 +131,10 @@ def check(config: ConfigDict) -> None:
     _check_streaming(config)
   if 'losses' in config:
     _check_terms(config)
+  if 'rollout' in config and config.rollout.sink and not config.rollout.window:
+    raise InputError(
+      f'rollout.sink={config.rollout.sink} stays in a window, and there is none: set rollout.window, or rollout.sink=0.'
+    )
   if config.stage in FEW_STEP and max(_values(config, 'evaluate.steps')) > MAX_STEPS:
     raise InputError(f'evaluate.steps={config.evaluate.steps} must not exceed {MAX_STEPS}.')
   if 'pairs' in config and config.pairs.steps % config.schedule.steps[0]:

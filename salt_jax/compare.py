@@ -6,7 +6,9 @@
 Runs of one seed see the same captions in the same order, start from the same weights and the same noise; all students
 are judged on the same held-out captions from the same noise, and a picture shows clips of the first seed's. A killed
 comparison goes on where it was; runs that are there already are not trained again, so several processes may share the
-work with --train_only and other experiments.
+work with --train_only and other experiments. ODE regression and consistency distillation (configs/causal_init.py with
+stage=ode, causal_ode or causal_cd, and as many steps=) may stand beside them: they train on their own data, from the
+weights that their stage starts from.
 """
 
 import ast
@@ -22,6 +24,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from salt_jax import cli, clips, evaluate, recipe, sample, stages, train, weights
+from salt_jax.checks import FEW_STEP
 from salt_jax.errors import InputError
 from salt_jax.statistics import interval
 
@@ -30,7 +33,8 @@ log = logging.getLogger('salt_jax.compare')
 _PICTURED = 4  # clips in the picture
 
 # What must agree for a difference to be the method's.
-SAME = ('size', 'stage', 'total_steps', 'batch', 'generator_every', 'video', 'data', 'vae', 'text')
+SAME = ('size', 'total_steps', 'batch', 'video', 'vae', 'text')
+SAME_IN_A_STAGE = ('generator_every', 'data')
 SAME_WEIGHTS = ('init', 'teacher', 'text', 'vae')
 
 
@@ -121,16 +125,26 @@ def runs_of(
 
 
 def _check_fair(first: Run, other: Run) -> None:
-  pairs = [(key, first.config.get(key), other.config.get(key)) for key in SAME]
+  if other.config.stage not in FEW_STEP:
+    raise InputError(
+      f'{other.label} is of the stage {other.config.stage}, which makes no few-step student: '
+      f'choose configs of {", ".join(FEW_STEP)}.'
+    )
+  keys = SAME + (SAME_IN_A_STAGE if other.config.stage == first.config.stage else ())
+  pairs = [(key, first.config[key], other.config[key]) for key in keys]
   pairs += [
     (f'weights.{key}', first.config.weights[key], other.config.weights[key]) for key in SAME_WEIGHTS
   ]
   for key, one, two in pairs:
     if one != two:
       raise InputError(
-        f'{other.label} and {first.label} are no fair pair: {key} is {two} in one and {one} in the other; '
-        f'set it for all with --set={key}=VALUE.'
+        f'{other.label} and {first.label} are no fair pair: {key} is {_shown(two)} in one and {_shown(one)} in the '
+        f'other; set it for all with --set={key}=VALUE.'
       )
+
+
+def _shown(value) -> str:
+  return str(value.to_dict() if isinstance(value, ConfigDict) else value)
 
 
 def train_missing(runs: Sequence[Run]) -> None:

@@ -33,6 +33,14 @@ def test_runs_are_paired_by_seed():
   )
 
 
+def test_regression_and_consistency_may_stand_beside():
+  others = [
+    f'{stage}=configs/causal_init.py:nano,stage={stage},steps=300' for stage in ('ode', 'causal_cd')
+  ]
+  runs = _runs(DMD, *others, assignments=['batch=4', 'total_steps=300'])
+  assert [run.config.stage for run in runs] == ['selfforcing', 'ode', 'causal_cd']
+
+
 @pytest.mark.parametrize(
   ('arguments', 'sentence'),
   [
@@ -48,7 +56,15 @@ def test_runs_are_paired_by_seed():
     ),
     (
       dict(experiments=[DMD, 'ode=configs/causal_init.py:nano']),
-      'ode and dmd are no fair pair: stage is ode in one and selfforcing in the other',
+      'ode and dmd are no fair pair: total_steps is 300 in one and 120 in the other',
+    ),
+    (
+      dict(experiments=[DMD, 'teacher=configs/pretrain.py:teacher']),
+      'teacher is of the stage flow, which makes no few-step student: choose configs of ode,',
+    ),
+    (
+      dict(experiments=[DMD, 'i2v=configs/selfforcing.py:nano,i2v']),
+      'i2v and dmd are no fair pair: data is',
     ),
   ],
 )

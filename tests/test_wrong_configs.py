@@ -134,6 +134,11 @@ def test_the_configs_that_ship_are_accepted():
     ),
     (
       'selfforcing',
+      {'rollout.sink': 3},
+      'rollout.sink=3 stays in a window, and there is none: set rollout.window, or rollout.sink=0.',
+    ),
+    (
+      'selfforcing',
       {'rollout.window': 22, 'rollout.sink': 20},
       'window 22 is too short: it must exceed sink 20 + chunk 3.',
     ),

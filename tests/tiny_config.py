@@ -36,7 +36,7 @@ def shrink(config, folder):
   config.evaluate.clips = 0
   config.batch = 8
   config.export_dtype = 'float32'
-  config.log.every = 1
+  config.log.update(every=1, samples_every=0)
   return config
 
 
