@@ -45,7 +45,7 @@ def run(program: Callable[[], None], define: Callable[[], None] = lambda: None) 
     except InputError as error:
       sys.exit(_refuse(error))
     except Preempted as error:
-      print(f'salt_jax: {error}', file=sys.stderr)
+      sys.stderr.write(f'salt_jax: {error}\n')
       sys.exit(PREEMPTED)
 
   def parse(argv):
@@ -157,7 +157,8 @@ def _refuse(error: Exception) -> int:
   sentence = ' '.join(str(_origin(error)).split()).removeprefix('flag ')
   for theirs, ours in _REWORDED.items():
     sentence = sentence.replace(theirs, ours)
-  print(f'salt_jax: {sentence}', file=sys.stderr)
+  # In one call: other threads may write too.
+  sys.stderr.write(f'salt_jax: {sentence}\n')
   return 2
 
 

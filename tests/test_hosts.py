@@ -285,11 +285,11 @@ def test_a_full_disk_is_named_and_the_run_goes_on_with_room(weights, one, tmp_pa
     timeout=300,
   )
   assert done.returncode == 2, done.stderr[-3000:]
-  (sentence,) = processes.sentences(done.stderr)
-  assert sentence == (
-    f'a checkpoint could not be written to {tmp_path}/checkpoints (File too large): mend that, and the same '
-    'command goes on from step 2.'
-  )
+  # Threads of Orbax may write at the same time, and leave the line open.
+  assert (
+    f'salt_jax: a checkpoint could not be written to {tmp_path}/checkpoints (File too large): mend that, and the same '
+    'command goes on from step 2.\n'
+  ) in done.stderr, done.stderr[-3000:]
   _run(1, command, tmp_path / 'logs', devices=2)
   _assert_same_run(one, tmp_path)
 
