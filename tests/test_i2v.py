@@ -178,6 +178,7 @@ def test_pictures_that_do_not_fit_are_refused(world, tmp_path):
   assert sample.first_image(None, config, text_alone) is None
 
 
+@pytest.mark.slow
 def test_stages_run_and_hand_over(world, tmp_path):
   """A teacher on stored first frames, a causal init on its trajectories, and distillation from the two."""
   folder = world[0].weights.init.rpartition('/')[0]

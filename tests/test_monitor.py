@@ -97,6 +97,7 @@ def test_a_run_that_samples_is_the_run_that_does_not(weights, watched, tmp_path)
     np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_logs_the_same_samples(weights, watched, tmp_path):
   config = tiny_config.get_config(weights)
   config.total_steps = 2

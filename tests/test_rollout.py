@@ -113,7 +113,9 @@ class _Interpreted(wan.WanConfig):
     return attention.Kernel('splash', (128, 128, 128), interpret=True)
 
 
-@pytest.mark.parametrize(('sink', 'window'), [(0, None), (1, 4)])
+@pytest.mark.parametrize(
+  ('sink', 'window'), [pytest.param(0, None, marks=pytest.mark.slow), (1, 4)]
+)
 def test_a_kernel_that_skips_hidden_keys_gives_the_same_clip_and_gradient(sink, window):
   """Splash, interpreted, reads the whole cache in the rollout and in the pass over its exits; dense reads slices."""
   sizes = dataclasses.asdict(tiny.WAN) | dict(dim=256, layers=2, remat=True)

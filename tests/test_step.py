@@ -149,7 +149,7 @@ def test_generator_and_critic_draw_apart_and_alike_on_every_host(folder):
 @pytest.mark.parametrize(
   'changes',
   [
-    {'consistency.target': 'ema'},
+    pytest.param({'consistency.target': 'ema'}, marks=pytest.mark.slow),
     pytest.param({'consistency.stop_grad': 'none'}, marks=pytest.mark.slow),
     pytest.param(
       {'reference.share_exit_input': True, 'alignment.margin': 0.0}, marks=pytest.mark.slow

@@ -124,6 +124,7 @@ def test_a_program_s_clips_are_given_the_frame_and_the_rows(world, tmp_path, mon
     assert np.abs(got.astype(int) - decode(run(*words, condition, image))).max() > 3
 
 
+@pytest.mark.slow
 def test_a_distillation_trains_the_image_branch_and_its_student_is_reported(world, tmp_path):
   config = world[0].copy_and_resolve_references()
   config.update(total_steps=2)
