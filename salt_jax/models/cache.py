@@ -64,7 +64,7 @@ def slots_needed(frames: int, chunk: int, sink: int, window: int | None) -> int:
   """Slots that streaming needs: those a chunk can see before itself, or the whole clip if that is less.
 
   Raises:
-    InputError: if the window is shorter than sink + chunk, or no longer and does not hold the clip.
+    InputError: if the window is shorter than sink + chunk, or than one frame more where the clip is longer than it.
   """
   whole = window is None or window >= frames
   if window is not None and window < sink + chunk + (not whole):
