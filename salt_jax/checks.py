@@ -141,7 +141,7 @@ def check(config: ConfigDict) -> None:
     raise InputError(
       f"pairs.steps={config.pairs.steps} must be a multiple of the student's {config.schedule.steps[0]} steps."
     )
-  if any(_values(config, 'log.samples_every')) and config.stage not in FEW_STEP:
+  if any(_values(config, 'log.samples_every')) and config.stage in ('vae', 'flow', 'ar'):
     raise InputError(
       f'log.samples_every={config.log.samples_every} needs a few-step student, which the stage '
       f'"{config.stage}" does not train: set it to 0.'
