@@ -18,6 +18,7 @@ from salt_jax.errors import InputError
 from salt_jax.models import rope
 from salt_jax.models.clip import ClipConfig
 
+STAGES = ('vae', 'flow', 'ode', 'ar', 'causal_ode', 'causal_cd', 'selfforcing')
 FEW_STEP = ('ode', 'causal_ode', 'causal_cd', 'selfforcing')  # stages that make a few-step student
 FORCED = ('ar', 'causal_ode', 'causal_cd')  # stages that train behind clean clips
 SIZES = ('nano', '1.3b', '14b')
@@ -111,6 +112,8 @@ def check(config: ConfigDict) -> None:
   """
   if config.size not in SIZES:
     raise InputError(f'size={config.size} is unknown: choose one of {", ".join(SIZES)}.')
+  if config.stage not in STAGES:
+    raise InputError(f'stage={config.stage} is unknown: choose one of {", ".join(STAGES)}.')
   _ranges(config)
   for whole, part in _DIVIDED:
     if _values(config, whole) and _values(config, whole)[0] % _values(config, part)[0]:
@@ -141,21 +144,8 @@ def check(config: ConfigDict) -> None:
     raise InputError(
       f"pairs.steps={config.pairs.steps} must be a multiple of the student's {config.schedule.steps[0]} steps."
     )
-  if any(_values(config, 'log.samples_every')) and config.stage in ('vae', 'flow', 'ar'):
-    raise InputError(
-      f'log.samples_every={config.log.samples_every} needs a few-step student, which the stage '
-      f'"{config.stage}" does not train: set it to 0.'
-    )
-  if any(_values(config, 'log.samples_every')) and config.model.in_channels > config.vae.z_dim:
-    raise InputError(
-      f'log.samples_every={config.log.samples_every} samples captions alone, and this student is given first frames: '
-      'set it to 0.'
-    )
-  if any(_values(config, 'log.samples_every')) and config.data.kind == 'text_store':
-    raise InputError(
-      f'log.samples_every={config.log.samples_every} samples captions, and data.kind=text_store leaves the encoder '
-      'away: set it to 0.'
-    )
+  if any(_values(config, 'log.samples_every')):
+    _check_samples(config)
   _check_causal(config)
   _check_clips(config)
 
@@ -217,6 +207,19 @@ def _dtypes(config: ConfigDict) -> None:
       if value not in convert.DTYPES:
         known = ', '.join(convert.DTYPES)
         raise InputError(f'{path}={value} is unknown: choose one of {known}.')
+
+
+def _check_samples(config: ConfigDict) -> None:
+  """Refuses samples during training that its stage, its student or its texts cannot give."""
+  if config.stage not in FEW_STEP:
+    why = f'needs a few-step student, which the stage "{config.stage}" does not train'
+  elif config.model.in_channels > config.vae.z_dim:
+    why = 'samples captions alone, and this student is given first frames'
+  elif config.data.kind == 'text_store':
+    why = 'samples captions, and data.kind=text_store leaves the encoder away'
+  else:
+    return
+  raise InputError(f'log.samples_every={config.log.samples_every} {why}: set it to 0.')
 
 
 def _check_dit(config: ConfigDict, name: str) -> None:

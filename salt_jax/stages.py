@@ -219,7 +219,7 @@ def build(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
   """The config's stage; computes what it must precompute.
 
   Raises:
-    InputError: an unknown stage, or missing files.
+    InputError: missing files.
   """
   kinds = {
     'vae': _vae,
@@ -230,5 +230,4 @@ def build(config: ConfigDict, rec: Recipe, workdir: str) -> Stage:
     'causal_cd': _causal_cd,
     'selfforcing': _selfforcing,
   }
-  outline.check(config)
   return kinds[config.stage](config, rec, workdir)

@@ -43,6 +43,12 @@ def refusal(program, args, monkeypatch, capsys) -> str:
   return lines[0]
 
 
+def refusals(wrong):
+  """Runs a test over {program: its (arguments, sentence) pairs}."""
+  cases = [(name, *case) for name, pairs in wrong.items() for case in pairs]
+  return pytest.mark.parametrize('name, args, sentence', cases)
+
+
 def sentence_of(error) -> str:
   """The message of a refusal that `pytest.raises` caught."""
   text = str(error.value)

@@ -38,3 +38,11 @@ def programs():
   from tests import commands  # imports JAX, which reads the environment above
 
   yield from commands.programs()
+
+
+@pytest.fixture(scope='module')
+def compiler():
+  """This process compiles for TPUs and has none."""
+  from salt_jax import slices  # imports JAX too
+
+  slices.prepare()

@@ -75,9 +75,9 @@ def test_training_clips_cover_the_world_evenly():
 
 @pytest.mark.parametrize('split, share', [('train', 0.5), ('seen', 0.25), ('unseen', 0.25)])
 def test_training_has_more_clips_of_two_objects_than_judging(split, share):
-  pairs = np.mean([len(scene.objects) == 2 for scene in many(split)])
-  # Binomial(1000, 1/2) has deviation 0.016; four of them.
-  assert abs(pairs - share) < 0.063
+  pairs = [len(scene.objects) == 2 for scene in many(split)]
+  # Four deviations of a binomial.
+  assert abs(np.mean(pairs) - share) < 4 * (share * (1 - share) / len(pairs)) ** 0.5
 
 
 def test_captions_are_read_back_and_use_every_word():

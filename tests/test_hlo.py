@@ -13,22 +13,15 @@ from jax.sharding import PartitionSpec as P
 
 from salt_jax import flops, hlo, lowered, recipe, sharding, slices
 from tests import tiny_config
+from tests.test_sharding import ONE
+from tests.test_slices import over
 
-ONE = {'data': 1, 'fsdp': 1, 'context': 1, 'tensor': 1}
+pytestmark = pytest.mark.usefixtures('compiler')
 
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
   return tiny_config.write_weights(str(tmp_path_factory.mktemp('weights')))
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compiler():
-  slices.prepare()
-
-
-def _mesh(name='v5p-8', axis='fsdp'):
-  return Mesh(np.array(slices.devices(slices.parse(name))), (axis,))
 
 
 def _compiled(f, mesh, specs, out, *shapes):
@@ -57,7 +50,7 @@ def _gathered(x, weights, mesh, trips=None):
 
 
 def test_gathers_of_a_scan_are_those_of_its_parameters():
-  mesh = _mesh()
+  mesh = over('v5p-8')
   shapes = (((64, WIDTH), jnp.bfloat16), ((LAYERS, WIDTH, WIDTH), jnp.bfloat16))
   text = _compiled(
     functools.partial(_gathered, mesh=mesh), mesh, (P('fsdp'), P(None, 'fsdp')), P('fsdp'), *shapes
@@ -71,7 +64,7 @@ def test_gathers_of_a_scan_are_those_of_its_parameters():
 
 
 def test_a_loop_of_unknown_length_counts_as_often_as_is_said():
-  mesh = _mesh()
+  mesh = over('v5p-8')
   shapes = (((64, WIDTH), jnp.bfloat16), ((LAYERS, WIDTH, WIDTH), jnp.bfloat16), ((), jnp.int32))
   f = lambda x, w, trips: _gathered(x, w, mesh, trips)  # noqa: E731
   text = _compiled(f, mesh, (P('fsdp'), P(None, 'fsdp'), P()), P('fsdp'), *shapes)
@@ -84,7 +77,7 @@ def test_a_loop_of_unknown_length_counts_as_often_as_is_said():
 
 def test_a_switch_in_a_loop_counts_each_branch_as_often_as_the_others():
   """A loop over three chunks, each of which gathers another number of rows."""
-  mesh = _mesh()
+  mesh = over('v5p-8')
 
   def f(x, w):
     def some(rows):
@@ -103,7 +96,7 @@ def test_a_switch_in_a_loop_counts_each_branch_as_often_as_the_others():
 
 def test_gradients_of_split_parameters_are_scattered():
   """A product whose contraction is split leaves partial sums: one sum for what is whole, or a scattered one."""
-  mesh = _mesh()
+  mesh = over('v5p-8')
   shapes = (((256, WIDTH), jnp.float32), ((256, WIDTH), jnp.float32))
   for out, kind in ((P(), 'all-reduce'), (P('fsdp'), 'reduce-scatter')):
     text = _compiled(lambda a, b: a.T @ b, mesh, (P('fsdp'), P('fsdp')), out, *shapes)

@@ -7,6 +7,7 @@ from configs import selfforcing
 from salt_jax import outline, recipe, sharding, stages, train
 from salt_jax.data import Feed
 from tests import tiny_config
+from tests.test_sharding import ONE
 
 
 @pytest.fixture(scope='module')
@@ -28,7 +29,7 @@ def _same(config, workdir):
   assert _of(stage.frozen) == _of(what.frozen)
   assert _of(stage.start()) == _of(what.trained) == _of(stage.shapes)
   assert stage.averaged == what.averaged
-  mesh = sharding.make_mesh(dict(data=1, fsdp=1, context=1, tensor=1), jax.devices()[:1])
+  mesh = sharding.make_mesh(ONE, jax.devices()[:1])
   assert [spec[:3] for spec in stage.steps] == [tuple(work) for work in what.work]
   for spec in stage.steps:
     batch = next(spec.feed(Feed(config.batch, config.seed)))

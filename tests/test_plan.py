@@ -17,8 +17,10 @@ from configs import dmd, selfforcing
 from salt_jax import estimate, flops, lowered, outline, plan, recipe, sharding, slices
 from salt_jax.errors import InputError
 from tests import tiny_config
+from tests.test_sharding import ONE
+from tests.test_slices import over
 
-ONE = {'data': 1, 'fsdp': 1, 'context': 1, 'tensor': 1}
+pytestmark = pytest.mark.usefixtures('compiler')
 
 
 @pytest.fixture(scope='module')
@@ -26,21 +28,12 @@ def folder(tmp_path_factory):
   return tiny_config.write_weights(str(tmp_path_factory.mktemp('weights')))
 
 
-@pytest.fixture(scope='module', autouse=True)
-def compiler():
-  slices.prepare()
-
-
 # Memory.
-
-
-def _mesh(name):
-  return Mesh(np.array(slices.devices(slices.parse(name))), ('fsdp',))
 
 
 def _program(size, held=1024):
   """A program that keeps `size` bytes of its own."""
-  mesh = _mesh('v5e-4')
+  mesh = over('v5e-4')
   x = jax.ShapeDtypeStruct((held // 4,), jnp.float32, sharding=NamedSharding(mesh, P()))
   side = int((size / 4) ** 0.5)
 
@@ -69,7 +62,7 @@ def test_a_program_that_needs_too_much_is_a_report():
 
 def test_what_is_needed_is_all_that_lives_at_once():
   """Two arguments of 1 GiB, and a result of that size, which may take the place of one of them."""
-  where = NamedSharding(_mesh('v5e-4'), P())
+  where = NamedSharding(over('v5e-4'), P())
   x, y = (jax.ShapeDtypeStruct((2**14, 2**14), jnp.float32, sharding=where) for _ in 'xy')
 
   def f(x, y):
@@ -86,7 +79,7 @@ def test_what_is_needed_is_all_that_lives_at_once():
 
 def test_what_the_compiler_accepts_fits():
   """By the sum of its arguments, results and temporaries this program would need 16.5 of 15.75 GiB."""
-  where, side = NamedSharding(_mesh('v5e-4'), P()), 126 * 128
+  where, side = NamedSharding(over('v5e-4'), P()), 126 * 128
   x, layers = (
     jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
     for shape in ((side, side), (3, side, side))

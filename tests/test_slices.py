@@ -1,14 +1,19 @@
 """TPU slices by name, without a TPU: their devices, and the meshes over them."""
 
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from salt_jax import flops, sharding, slices
 from salt_jax.errors import InputError
+from tests.test_sharding import ONE
+
+pytestmark = pytest.mark.usefixtures('compiler')
 
 
-@pytest.fixture(scope='module', autouse=True)
-def compiler():
-  slices.prepare()
+def over(name):
+  """A mesh of one axis, fsdp, over all devices of a slice."""
+  return Mesh(np.array(slices.devices(slices.parse(name))), ('fsdp',))
 
 
 @pytest.mark.parametrize(
@@ -86,4 +91,4 @@ def test_a_mesh_has_every_device_once_and_data_over_the_slices(name, data, fsdp,
 def test_slices_that_data_does_not_go_over_are_refused():
   devices = slices.devices(slices.parse('2xv5p-8'))
   with pytest.raises(InputError, match='cannot be laid over 2 slices: make data a multiple of 2.'):
-    sharding.make_mesh(dict(data=1, fsdp=-1, context=1, tensor=1), devices)
+    sharding.make_mesh(ONE | {'fsdp': -1}, devices)

@@ -190,10 +190,7 @@ WRONG_COMMANDS = {
 }
 
 
-@pytest.mark.parametrize(
-  'name, args, sentence',
-  [(name, *case) for name, cases in WRONG_COMMANDS.items() for case in cases],
-)
+@commands.refusals(WRONG_COMMANDS)
 def test_a_wrong_command_is_refused_in_a_sentence(
   name, args, sentence, programs, monkeypatch, capsys, tmp_path
 ):

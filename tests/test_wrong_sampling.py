@@ -174,10 +174,7 @@ def folder(tmp_path_factory):
   return tiny_config.write_weights(str(tmp_path_factory.mktemp('weights')))
 
 
-@pytest.mark.parametrize(
-  'name, args, sentence',
-  [(name, *case) for name, cases in WRONG_COMMANDS.items() for case in cases],
-)
+@commands.refusals(WRONG_COMMANDS)
 def test_a_wrong_command_is_refused_in_a_sentence(
   name, args, sentence, programs, monkeypatch, capsys, tmp_path
 ):
