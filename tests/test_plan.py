@@ -248,3 +248,10 @@ def test_steps_at_real_sizes_compile_in_time_and_fit(module, arg, name, program)
   slice_ = slices.parse(name)
   (made,) = _planned(plan.meshed(module.get_config(arg), slice_), name, program)
   assert made.compiling[1] < 2 * 300
+
+
+def test_decoding_is_planned_for_a_host_by_itself(monkeypatch):
+  hosts = []
+  monkeypatch.setattr(lowered, 'of_config', lambda *given: hosts.append(given[-1]) or {})
+  plan.plan(selfforcing.get_config('1.3b'), slices.parse('v6e-64'))
+  assert [device.id for device in hosts[0]] == [0, 1, 2, 3]

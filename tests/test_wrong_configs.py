@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from configs import causal_init, pretrain, selfforcing
-from salt_jax import recipe, train
+from salt_jax import precompute, recipe, train
 from salt_jax.checks import check_batch
 from salt_jax.errors import InputError
 from tests import tiny_config
@@ -382,8 +382,11 @@ def test_the_configs_that_ship_are_accepted():
   ],
 )
 def test_values_that_do_not_fit_are_refused_before_anything_starts(
-  stage, changes, sentence, tmp_path
+  stage, changes, sentence, tmp_path, monkeypatch
 ):
+  # What is not refused ends here, and trains nothing.
+  monkeypatch.setattr(precompute, 'fill', lambda *_: pytest.fail('it computes clips'))
+  monkeypatch.setattr(train, '_checkpoints', lambda *_: pytest.fail('it trains'))
   config = STAGES[stage]()
   config.update_from_flattened_dict(changes)
   with pytest.raises(InputError) as error:
