@@ -279,6 +279,13 @@ def load_params(
   Raises:
     InputError: a damaged file, unknown or missing names, or another size; the path is named.
   """
+  return read(open_params(path, network, like, source), np.float32)
+
+
+def open_params(
+  path: str | os.PathLike[str], network: str, like: Params, source: str = 'wan'
+) -> Params:
+  """The same as a tree of `Leaf`: names, shapes and checksum are compared, and no tensor is read."""
   path = os.fspath(path)
   tensors, _ = tensor_files.scan(path)
   tensor_files.verify(path)
@@ -288,7 +295,7 @@ def load_params(
     check(tree, like)
   except InputError as error:
     raise InputError(f'{path}: {error}') from error
-  return read(tree, np.float32)
+  return tree
 
 
 def save_params(

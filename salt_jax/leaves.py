@@ -5,10 +5,13 @@ passes through a small one.
 """
 
 import dataclasses
+from concurrent import futures
 
 import numpy as np
 
-from salt_jax.tensor_files import Tensor, held
+from salt_jax.tensor_files import Tensor, cast_into, held
+
+_THREADS = 8  # layers in memory at a time, besides the array that they become
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +35,16 @@ class Leaf:
     return np.result_type(*(layer.dtype for layer in self.layers))
 
   def whole(self, dtype: np.dtype | None = None) -> np.ndarray:
-    """All of it in memory, cast to `dtype` if one is given."""
-    if not self.stacked:
-      return np.asarray(self.layers[0].read(), dtype)
+    """All of it in memory, cast to `dtype` if one is given; layers are read side by side."""
     out = np.empty(self.shape, dtype or self.dtype)
-    for place, layer in zip(out, self.layers, strict=True):
-      place[...] = layer.read()
+    places = [out[i, ...] for i in range(len(out))] if self.stacked else [out]
+    with futures.ThreadPoolExecutor(_THREADS) as pool:
+      list(pool.map(_read_into, places, self.layers))
     return out
+
+
+def _read_into(place: np.ndarray, layer: Tensor) -> None:
+  cast_into(place, layer.read())
 
 
 def of_array(array: np.ndarray, stacked: bool) -> Leaf:

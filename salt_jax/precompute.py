@@ -199,8 +199,8 @@ def ode_pairs(
   keep, pairs = rec.schedule.steps[0], config.pairs
   weights.require(config, ['teacher'])
   mesh = local_mesh(config.mesh)
-  teacher = weights.load(config.weights.teacher, 'dit', rec.teacher)
-  served = {'teacher': weights.narrowed(teacher, rec.teacher.dtype), 'frozen': frozen}
+  teacher = weights.load_narrowed(config.weights.teacher, 'dit', rec.teacher)
+  served = {'teacher': teacher, 'frozen': frozen}
   served = split_locally(served, mesh, config.rules, config.shard_min_size)
   shape = recipe.latent_shape(config)
   fields = _fields(config, rec, trajectory=Field((keep + 1, *shape), 'float16'))

@@ -62,9 +62,7 @@ def _networks(config: ConfigDict, rec: Recipe, names: Sequence[str]) -> dict[str
   frozen = {}
   for name in names:
     network = weights.NETWORKS.get(name, 'dit')
-    cfg = outline.sizes(rec, name)
-    params = weights.load(config.weights[name], network, cfg)
-    frozen[name] = weights.narrowed(params, cfg.dtype)
+    frozen[name] = weights.load_narrowed(config.weights[name], network, outline.sizes(rec, name))
   return frozen
 
 

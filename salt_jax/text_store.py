@@ -34,7 +34,7 @@ def _text_fields(rec: Recipe) -> dict[str, Field]:
 def _text_encoder(config: ConfigDict, rec: Recipe, batch: int) -> Callable[[list], list]:
   """At most `batch` prompts' ids -> their bfloat16 rows `[n d]`, without padding."""
   mesh = local_mesh(config.mesh)
-  params = weights.narrowed(weights.load(config.weights.text, 'umt5', rec.text), rec.text.dtype)
+  params = weights.load_narrowed(config.weights.text, 'umt5', rec.text)
   params = split_locally({'text': params}, mesh, config.rules, config.shard_min_size)['text']
   run = jax.jit(lambda p, ids, mask: text.encode(p, ids, mask, rec.text).astype(jnp.bfloat16))
 

@@ -107,6 +107,7 @@ def _run(config: ConfigDict, rec, mesh, workdir: str, outside: tuple) -> dict[st
   )
   _, frozen_placed = states.with_shardings(stage.frozen, mesh, config)
   frozen = states.place(stage.frozen, frozen_placed)
+  stage = stage._replace(frozen={})  # the host needs them no more
   _announce(config, mesh, start, (state.params, frozen))
 
   traces = collections.Counter()

@@ -79,9 +79,22 @@ def load(path: str, network: str, cfg) -> PyTree:
   Raises:
     InputError: a missing, damaged or other-sized file.
   """
+  return convert.read(_opened(path, network, cfg), np.float32)
+
+
+def load_narrowed(path: str, network: str, cfg) -> PyTree:
+  """`narrowed(load(...))` for a network that only serves, with no more than the result and some layers in memory."""
+  return jax.tree_util.tree_map_with_path(
+    lambda keys, leaf: leaf.whole(cfg.dtype if _narrow(keys) else np.float32),
+    _opened(path, network, cfg),
+  )
+
+
+def _opened(path: str, network: str, cfg) -> PyTree:
+  """A network as a tree of `Leaf`, known to be whole and of these sizes."""
   path, like = resolve(path), shapes(network, cfg)
   if not places.folder_of(path).is_dir():
-    return convert.load_params(path, network, like)
+    return convert.open_params(path, network, like)
   folder = places.home(path)
   found = checkpoint.entries(folder)
   entry = next((name for name in _AVERAGED[network] if name in found), None)
@@ -92,7 +105,7 @@ def load(path: str, network: str, cfg) -> PyTree:
     convert.check(tree, like)
   except InputError as error:
     raise InputError(f'{path}: {error} Pass the config it was trained with.') from error
-  return convert.read(tree, np.float32)
+  return tree
 
 
 def narrowed(params: PyTree, dtype: str) -> PyTree:
@@ -100,13 +113,14 @@ def narrowed(params: PyTree, dtype: str) -> PyTree:
 
   Norms, biases, modulation, and the kernels that a DiT computes with in float32, stay as they are.
   """
+  return jax.tree_util.tree_map_with_path(
+    lambda keys, x: x.astype(dtype) if _narrow(keys) else x, params
+  )
 
-  def one(path, x):
-    names = [key.key for key in path]
-    kept = _FLOAT32.intersection(names) or names[-1] not in ('kernel', 'embedding')
-    return x if kept else x.astype(dtype)
 
-  return jax.tree_util.tree_map_with_path(one, params)
+def _narrow(keys: tuple) -> bool:
+  names = [key.key for key in keys]
+  return names[-1] in ('kernel', 'embedding') and not _FLOAT32.intersection(names)
 
 
 def narrowed_shapes(name: str, cfg) -> PyTree:

@@ -1,5 +1,6 @@
 """Networks of checkpoints pass through memory layer by layer, and are those that Orbax saves and restores whole."""
 
+import dataclasses
 import pathlib
 import weakref
 
@@ -7,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from salt_jax import checkpoint, convert, run_weights
+from salt_jax import checkpoint, convert, run_weights, weights
 from salt_jax.errors import InputError
 from salt_jax.leaves import Leaf
 from salt_jax.tensor_files import Tensor, held
@@ -66,6 +67,17 @@ def test_what_training_saves_is_read_in_layers(tmp_path, monkeypatch):
   same(convert.read(run_weights.load(folder, 'generator')), trained)
   with pytest.raises(InputError, match='no critic_ema; name one of generator_ema, generator'):
     run_weights.load(folder, 'critic_ema')
+
+
+@pytest.mark.parametrize('stored', ['float32', 'bfloat16', 'float16'])
+def test_what_is_read_narrow_is_what_narrowing_makes(tmp_path, stored):
+  cfg, path = dataclasses.replace(tiny.WAN, dtype='bfloat16'), str(tmp_path / 'dit.safetensors')
+  convert.save_params(path, PARAMS, 'dit', stored)
+  found = weights.load_narrowed(path, 'dit', cfg)
+  wanted = weights.narrowed(weights.load(path, 'dit', cfg), cfg.dtype)
+  assert {x.dtype.name for x in jax.tree.leaves(found)} == {'float32', 'bfloat16'}
+  assert jax.tree.map(lambda x: x.dtype, found) == jax.tree.map(lambda x: x.dtype, wanted)
+  same(found, wanted)
 
 
 def test_few_layers_are_in_memory_at_once(tmp_path):

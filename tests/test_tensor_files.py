@@ -126,6 +126,27 @@ def test_a_full_disk_is_seen_before_writing(tmp_path, monkeypatch):
   assert not list(tmp_path.iterdir())
 
 
+def every_bfloat16() -> np.ndarray:
+  """All numbers that bfloat16 has, with subnormals, both zeros, infinities and NaNs, as a transposed view."""
+  return np.arange(2**16, dtype=np.uint16).view(ml_dtypes.bfloat16).reshape(128, 512).T
+
+
+@pytest.mark.parametrize('dtype', [np.float32, ml_dtypes.bfloat16, np.float64])
+def test_casting_is_that_of_numpy(dtype):
+  """Bit for bit: a NaN keeps its payload."""
+  place = np.empty((512, 128), dtype)
+  with np.errstate(invalid='ignore'):
+    tensor_files.cast_into(place, every_bfloat16())
+    wanted = every_bfloat16().astype(dtype, 'C')
+  np.testing.assert_array_equal(place.view(np.uint8), wanted.view(np.uint8))
+
+
+def test_finite_is_what_numpy_calls_finite():
+  numbers = every_bfloat16().astype(np.float32).ravel()
+  ours = [tensor_files.is_finite(x) for x in every_bfloat16().ravel().reshape(-1, 1)]
+  assert ours == np.isfinite(numbers).tolist()
+
+
 def test_a_checksum_belongs_to_its_file(tmp_path):
   path = tmp_path / 'x.safetensors'
   assert not tensor_files.verify(str(path.parent / 'none'))
