@@ -71,13 +71,16 @@ def main(_) -> None:
   rec, files = recipe.build(config), config.weights
   sizes = {'vae': rec.vae, 'text': rec.text, 'clip': rec.clip, 'teacher': rec.teacher}
   sizes |= dict.fromkeys(('init', 'critic'), rec.model)
-  missing = [
-    name for name in files if sizes.get(name) is not None and not os.path.exists(files[name])
-  ]
+  # Teacher and critic may be one file.
+  missing = {
+    files[name]: name
+    for name in files
+    if sizes.get(name) is not None and not os.path.exists(files[name])
+  }
   with futures.ThreadPoolExecutor() as pool:
-    for done in [pool.submit(write_network, files[name], name, sizes[name]) for name in missing]:
+    for done in [pool.submit(write_network, *item, sizes[item[1]]) for item in missing.items()]:
       done.result()
-  print('\n'.join(f'wrote {files[name]}' for name in missing), flush=True)
+  print('\n'.join(f'wrote {path}' for path in missing), flush=True)
   if not os.path.exists(files.tokenizer):
     write_tokenizer(files.tokenizer, rec.text.vocab)
   if config.data.kind == 'prompts' and not os.path.exists(config.data.path):
