@@ -11,140 +11,42 @@ Every student is asked for the same step counts and triples, whatever it was tra
 Captions are held out, and noise belongs to the clip, so two students see the same noise.
 """
 
-import dataclasses
 import functools
 import itertools
 import json
 import logging
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, reduce
-from jaxtyping import Array, Float, Key, PyTree, UInt8
-from ml_collections import ConfigDict
+from jaxtyping import Array, Float, PyTree, UInt8
 
 from salt_jax import (
   charts,
   clips,
   codec,
+  drift,
   judge,
-  monitor,
-  precompute,
-  recipe,
-  sample,
-  stages,
   statistics,
 )
-from salt_jax.checks import MAX_STEPS
-from salt_jax.diffusion import flow, probes, rollout
-from salt_jax.diffusion.rollout import Plan, Rollout
+from salt_jax.diffusion import flow, probes
+from salt_jax.diffusion.rollout import Rollout
 from salt_jax.errors import InputError
 from salt_jax.losses.consistency import defect as normalised_defect
-from salt_jax.models import vae, wan
+from salt_jax.models import vae
 from salt_jax.models.cache import KVCache
-from salt_jax.models.prompt import Prompt
-from salt_jax.recipe import TIME, Recipe
-from salt_jax.step import conditioning, to_unit
+from salt_jax.recipe import Recipe
+from salt_jax.step import to_unit
+from salt_jax.subject import Subject
 
 log = logging.getLogger('salt_jax.diagnostics')
 
 NAMES = ('defect', 'cache', 'swap', 'drift')
 GRID = 8  # Steps of the grid that triples lie on.
 STEPS = (2, 4, 8)
-LENGTHS = (1, 4, 16)  # Times the trained length.
-LEAST = 3  # Latent frames of a window: fewer hold no motion to measure.
-FIGURES = ('colour', 'class', 'drift', 'travel_per_second', 'brightness', 'saturation')
-_FEWEST = 2  # Clips at the longest length, if there are as many.
-
-
-@dataclasses.dataclass(frozen=True)
-class Subject:
-  """A student and the held-out clips it is asked for.
-
-  Attributes:
-    config: seed, video and rollout.
-    rec: the same, built.
-    apply: the student, as rollouts take it.
-    params: its parameters.
-    frozen: text encoder and VAE.
-    opinion: of `judge.train`; None where nothing is judged.
-    split: of the clips.
-    captions: one a clip.
-    batch: their ids and mask, the index of the clips, and what an I2V student is given of their first frames.
-    keys: of the noise.
-    text: encoder rows, and those first frames.
-    decode: latents to uint8 video.
-  """
-
-  config: ConfigDict
-  rec: Recipe
-  apply: Callable
-  params: PyTree
-  frozen: PyTree
-  opinion: Any
-  split: str
-  captions: list[str]
-  batch: tuple
-  keys: Key[Array, 'b']
-  text: Prompt
-  decode: Callable
-
-  @property
-  def chunk(self) -> int:
-    return self.rec.chunking.chunk
-
-  def plan(self, steps: int, exit_step: int | None = None) -> Plan:
-    """A rollout on the grid of `steps`, to its end or to an exit; all of them share one program."""
-    sigmas = flow.padded_sigmas(steps, self.rec.schedule.shift, MAX_STEPS + 1)
-    return rollout.student_plan(
-      self.rec.chunking, sigmas, steps - 1 if exit_step is None else exit_step
-    )
-
-  def roll(self, plan: Plan) -> Rollout:
-    return _roll(self.apply, self.params, self.keys, self.text, plan)
-
-
-def subject(
-  config: ConfigDict, rec: Recipe, params: PyTree, clip_set: tuple[str, int], opinion: Any = None
-) -> Subject:
-  """Puts a student and its captions together.
-
-  Args:
-    config: of the student.
-    rec: the same, built.
-    params: of the student.
-    clip_set: (split, number of clips).
-    opinion: of `judge.train`.
-
-  Raises:
-    InputError: text encoder or VAE are not there.
-  """
-  split, count = clip_set
-  index = np.arange(count, dtype=np.int32)
-  frozen = stages.serving(config, rec, 'text', 'vae')
-  captions = clips.captions(split, index, config.seed)
-  ids, mask = stages.tokenizer(config, rec)(captions)
-  first = clips.films(index, split, config.seed, 1, config.video.height)
-  given = precompute.given(config, rec)(first)
-  fields = {'ids': ids, 'mask': mask} | given
-  return Subject(
-    config=config,
-    rec=rec,
-    apply=wan.bind(rec.model),
-    params=params,
-    frozen=frozen,
-    opinion=opinion,
-    split=split,
-    captions=captions,
-    batch=(ids, mask, index, *given.values()),
-    keys=sample.keys(rec, index),
-    text=jax.jit(lambda f, fields: conditioning(f, fields, rec)[0])(frozen, fields),
-    decode=codec.decoder(rec, frozen['vae']),
-  )
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -179,7 +81,6 @@ def check(asked: Sequence[str], rec: Recipe) -> None:
     )
 
 
-_roll = jax.jit(rollout.rollout, static_argnums=0)
 _behind = jax.jit(probes.chunks_behind, static_argnums=0)
 _commit = jax.jit(probes.commit, static_argnums=(0, 5))
 
@@ -303,7 +204,7 @@ def swap(subject: Subject) -> dict:
   real = real_latents(subject)
   model = subject.apply, subject.params, subject.keys, subject.text
   history = _commit(*model, real, subject.rec.chunking)
-  spans = windows(subject.rec.chunking.frames, subject.chunk)
+  spans = drift.windows(subject.rec.chunking.frames, subject.chunk)
   rows = [_swap_row(subject, spans, 'clips themselves', None, subject.decode(real))]
   for steps in STEPS:
     own = subject.decode(subject.roll(subject.plan(steps)).x0)
@@ -320,102 +221,8 @@ def swap(subject: Subject) -> dict:
 
 def _swap_row(subject: Subject, spans, kind: str, steps: int | None, videos) -> dict:
   fps = subject.config.video.fps
-  figures = judged_windows(subject.opinion, videos, subject.captions, spans, fps)
-  return {'cache': kind, 'steps': steps, 'figures': _means(figures)}
-
-
-# Drift.
-
-
-def windows(frames: int, chunk: int) -> list[tuple[int, int]]:
-  """Pixel frames [first, behind the last] of each window: whole chunks that make at least `LEAST` latent frames.
-
-  What is left at the end belongs to the last window. Latent frame 0 is one pixel frame, each other one four.
-  """
-  length = chunk * -(-LEAST // chunk)
-  starts = list(range(0, max(frames - length, 0) + 1, length))
-  edges = [*starts, frames]
-  return [(max(0, TIME * a - TIME + 1), TIME * b - TIME + 1) for a, b in itertools.pairwise(edges)]
-
-
-def judged_windows(
-  opinion: Any,
-  videos: UInt8[np.ndarray, 'b t h w 3'],
-  captions: list[str],
-  spans: Sequence[tuple[int, int]],
-  fps: float,
-) -> dict[str, Float[np.ndarray, 'w b']]:
-  """Figures of each window of each clip.
-
-  The judge's direction is left out: it is that of the first leg, and behind it objects turn at the walls.
-
-  Args:
-    opinion: of `judge.train`.
-    videos: whole clips.
-    captions: one a clip.
-    spans: of `windows`.
-    fps: frames a second.
-  """
-  rows = {name: [] for name in FIGURES}
-  for first, behind in spans:
-    part = videos[:, first:behind]
-    found = judge.judge(opinion, part, captions)
-    looks = -(-(behind - first) // judge.STRIDE)
-    found['travel_per_second'] = found['travel'] * fps / ((looks - 1) * judge.STRIDE)
-    found['brightness'], found['saturation'] = monitor.brightness(part), monitor.saturation(part)
-    for name, values in rows.items():
-      values.append(found[name])
-  return {name: np.stack(values) for name, values in rows.items()}
-
-
-def _means(figures: dict[str, Float[np.ndarray, 'w b']], count: int | None = None) -> dict:
-  """Of each window over the first `count` clips."""
-  return {name: values[:, :count].mean(1).tolist() for name, values in figures.items()}
-
-
-def drift(subject: Subject) -> dict:
-  """Streams clips of the trained length and of longer ones: the longer, the fewer.
-
-  `common` are the figures over those clips that every length has, so that lengths compare.
-  """
-  steps = subject.config.evaluate.steps[0]
-  chunking, fewest = subject.rec.chunking, _clips_at(subject, max(LENGTHS))
-  lengths = [_drift_of(subject, times, steps, fewest) for times in LENGTHS]
-  return {
-    'steps': steps,
-    'cache': {'window': chunking.window, 'sink': chunking.sink},
-    'common_clips': fewest,
-    'note': 'direction is judged on the first frames alone: later, objects turn at the walls',
-    'lengths': lengths,
-  }
-
-
-def _clips_at(subject: Subject, times: int) -> int:
-  count = len(subject.captions)
-  return max(min(_FEWEST, count), count // times)
-
-
-def _drift_of(subject: Subject, times: int, steps: int, common: int) -> dict:
-  frames = times * subject.rec.chunking.frames
-  rec = dataclasses.replace(subject.rec, chunking=recipe.chunking(subject.config, frames))
-  count = _clips_at(subject, times)
-  batch = tuple(x[:count] for x in subject.batch)
-  parts = sample.stream(rec, subject.params, subject.frozen, subject.frozen['vae'], batch, steps)
-  videos, captions = np.concatenate(list(parts), 1), subject.captions[:count]
-  spans = windows(frames, subject.chunk)
-  fps = subject.config.video.fps
-  figures = judged_windows(subject.opinion, videos, captions, spans, fps)
-  start = judge.judge(subject.opinion, videos[:, : judge.FIRST_FRAMES + 1], captions)
-  log.info('drift: %d clips of %d frames', count, videos.shape[1])
-  return {
-    'times': times,
-    'latent_frames': frames,
-    'clips': count,
-    'windows': spans,
-    'direction': float(start['direction'].mean()),
-    'figures': _means(figures),
-    'common': _means(figures, common),
-  }
+  figures = drift.judged_windows(subject.opinion, videos, subject.captions, spans, fps)
+  return {'cache': kind, 'steps': steps, 'figures': drift.means(figures)}
 
 
 def run(asked: Sequence[str], subject: Subject, folder: str) -> dict[str, dict]:
@@ -424,7 +231,7 @@ def run(asked: Sequence[str], subject: Subject, folder: str) -> dict[str, dict]:
     'defect': (defect, charts.defect),
     'cache': (cache, charts.cache),
     'swap': (swap, charts.swap),
-    'drift': (drift, charts.drift),
+    'drift': (drift.drift, charts.drift),
   }
   os.makedirs(folder, exist_ok=True)
   results = {}

@@ -35,6 +35,7 @@ from salt_jax import (
   sample,
   stages,
   statistics,
+  subject,
   video,
   weights,
 )
@@ -376,10 +377,10 @@ def diagnose(args: flags.FlagValues) -> None:
     params = student_of(args.checkpoint, rec)
   cli.check_folder('output', args.output)
   clip_set = args.split, args.clips
-  subject = diagnostics.subject(config, rec, params, clip_set)
+  student = subject.subject(config, rec, params, clip_set)
   if set(asked) != {'defect'}:
-    subject = dataclasses.replace(subject, opinion=judge.train())
-  diagnostics.run(asked, subject, args.output)
+    student = dataclasses.replace(student, opinion=judge.train())
+  diagnostics.run(asked, student, args.output)
 
 
 def _other_recipe(args: flags.FlagValues, own: Recipe) -> Recipe:
