@@ -42,7 +42,8 @@ def opinion():
 def _subject(config, opinion=None):
   rec = recipe.build(config)
   params = files.load(config.weights.student, 'dit', rec.model)
-  return subjects.subject(config, rec, params, ('seen', 2), opinion)
+  subject = subjects.subject(config, rec, params, subjects.captioned(config, rec, 'seen', 2))
+  return dataclasses.replace(subject, opinion=opinion)
 
 
 @pytest.fixture(scope='module')
@@ -168,7 +169,7 @@ def test_the_diagonal_is_plain_generation_and_the_rest_is_not(subject, made):
   few = sample.student(subject.rec, subject.frozen)
   for k in diagnostics.STEPS:
     # Two programs round differently, and up to eight passes in a row amplify it.
-    np.testing.assert_allclose(made[k, k], few(subject.params, k)(*subject.batch), atol=1e-4)
+    np.testing.assert_allclose(made[k, k], few(subject.params, k)(*subject.asked.batch), atol=1e-4)
   first, rest = np.split(np.stack([made[2, 4], made[4, 4]]), [3], axis=2)
   np.testing.assert_array_equal(first[0], first[1])
   assert np.abs(rest[0] - rest[1]).max() > 1e-2
@@ -242,7 +243,7 @@ def test_a_student_of_first_frames_is_looked_into_behind_those_of_its_clips(
   folder = tiny_config.write_weights(str(tmp_path_factory.mktemp('i2v')), i2v=True)
   subject = _subject(tiny_config.get_i2v(folder), opinion)
   few = sample.student(subject.rec, subject.frozen)(subject.params, 2)
-  *prompts, condition = subject.batch
+  *prompts, condition = subject.asked.batch
   rolled = subject.roll(subject.plan(2))
   made = np.asarray(diagnostics._sampled(subject, 2, rolled.cache))
   np.testing.assert_allclose(made, few(*prompts, condition), atol=1e-4)
@@ -250,9 +251,9 @@ def test_a_student_of_first_frames_is_looked_into_behind_those_of_its_clips(
   levels = tuple(np.float32(SIGMAS[i]) for i in (4, 5, 6))
   args = subject.apply, subject.params, subject.text, subject.roll(subject.plan(8, 4)), levels, 3
   assert np.asarray(diagnostics.defects(*args)[1]).min() > 1e-3
-  diagnostics.check(('defect', 'cache', 'swap'), subject.rec)
+  diagnostics.check(('defect', 'cache', 'swap'), subject.config, subject.rec, False)
   with pytest.raises(InputError, match='--diagnose=drift needs longer clips'):
-    diagnostics.check(('defect', 'drift'), subject.rec)
+    diagnostics.check(('defect', 'drift'), subject.config, subject.rec, False)
 
 
 # Drift.
@@ -268,20 +269,21 @@ def test_windows_cover_all_frames_once(frames, chunk):
   assert all(((b + 3) // 4) % chunk == 0 and b % 4 == 1 for _, b in spans)
 
 
-def test_a_window_is_judged_as_a_clip_by_itself(opinion):
+def test_a_window_is_judged_as_a_clip_by_itself(subject):
   captions = ['a red bag moves right', 'a blue boot moves up and a green dress moves down']
   videos = np.random.default_rng(0).integers(0, 255, (2, 21, 32, 32, 3), np.uint8)
   videos[0, 9:] = 0
   videos[0, 9:, 4:20, 4:20, 0] = 200
-  found = drift.judged_windows(opinion, videos, captions, [(0, 9), (9, 21)], 16)
+  subject = dataclasses.replace(subject, asked=subjects.Asked(captions, ()))
+  found = drift.by_window(subject, videos, [(0, 9), (9, 21)])
   assert set(found) == set(drift.FIGURES) and 'direction' not in found
-  second = judge.judge(opinion, videos[:, 9:], captions)
+  second = judge.judge(subject.opinion, videos[:, 9:], captions)
   for name in ('colour', 'class', 'drift'):
-    np.testing.assert_array_equal(found[name][1], second[name])
-  assert found['colour'].shape == (2, 2) and found['colour'][1, 0] == 1
+    np.testing.assert_array_equal(found[name][:, 1], second[name])
+  assert found['colour'].shape == (2, 2) and found['colour'][0, 1] == 1
   # Looks at frames 9, 13 and 17 are half a second apart.
-  np.testing.assert_allclose(found['travel_per_second'][1], second['travel'] / 0.5)
-  assert found['saturation'][1, 0] == 1 > found['saturation'][0, 0]
+  np.testing.assert_allclose(found['travel_per_second'][:, 1], second['travel'] / 0.5)
+  assert found['saturation'][0, 1] == 1 > found['saturation'][0, 0]
 
 
 def test_longer_clips_begin_like_the_trained_ones(subject, monkeypatch):
