@@ -389,6 +389,8 @@ def diagnose(args: flags.FlagValues) -> None:
     wanted = subject.captioned(config, rec, args.split, args.clips)
   else:
     wanted = subject.prompted(config, rec, texts)
+    if len(texts) < args.clips:
+      log.warning('%s has %d prompts: no more clips are made.', args.prompts, len(texts))
   size = args.batch if texts is not None or args['batch'].present else None
   student = subject.subject(config, rec, load(), wanted, size)
   if texts is None and set(asked) != {'defect'}:
@@ -402,10 +404,7 @@ def _texts(args: flags.FlagValues) -> list[str]:
     raise InputError(
       '--split chooses captions of the nano world: leave it out, or --prompts, which come instead.'
     )
-  found = [entry.prompt for entry in prompts.read(args.prompts)]
-  if len(found) < args.clips:
-    log.warning('%s has %d prompts: no more clips are made.', args.prompts, len(found))
-  return found[: args.clips]
+  return [entry.prompt for entry in prompts.read(args.prompts)][: args.clips]
 
 
 def _student(args: flags.FlagValues) -> tuple[ConfigDict, Recipe, Callable[[], PyTree]]:
