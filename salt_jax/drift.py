@@ -49,8 +49,8 @@ def check(config: ConfigDict, rec: Recipe) -> None:
   if limit is not None and size > limit:
     raise InputError(
       f'--diagnose=drift: at {max(LENGTHS)} times its length the cache of this student takes {size / 2**30:.0f} GiB a '
-      f'clip, and a device has {limit / 2**30:.0f}: give it a window, such as --config.rollout.window=12 '
-      '--config.rollout.sink=3, or leave drift out.'
+      f'clip, and a device has {limit / 2**30:.0f}: leave drift out, or pass its --config with a window, such as '
+      '--config.rollout.window=12 --config.rollout.sink=3.'
     )
 
 

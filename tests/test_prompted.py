@@ -305,6 +305,29 @@ def test_fewer_prompts_than_clips_are_all_there_is(world, programs, monkeypatch,
   assert 'p.txt has 4 prompts: no more clips are made.' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+  'args, captions, size',
+  [
+    (['--prompts={tmp}/p.txt', '--batch=3'], ['a bag', 'a red boot'], 3),
+    (['--batch=2'], None, 2),
+    ([], None, 5),
+  ],
+)
+def test_nano_takes_prompts_too_unjudged_and_otherwise_all_clips_at_once(
+  programs, monkeypatch, tmp_path, args, captions, size
+):
+  asked, opinion = [], object()
+  monkeypatch.setattr(diagnostics, 'run', lambda names, subject, folder: asked.append(subject))
+  monkeypatch.setattr(judge, 'train', lambda: opinion)
+  (tmp_path / 'p.txt').write_text('a bag\na red boot\na dress\n')
+  args = [ASKED, f'--checkpoint={commands.STUDENT}', *(arg.format(tmp=tmp_path) for arg in args)]
+  args += ['--clips=2' if captions else '--clips=5', f'--output={tmp_path}']
+  commands.finished(programs['evaluate'], args, monkeypatch)
+  assert asked[0].size == size and len(asked[0].captions) == (2 if captions else 5)
+  assert asked[0].opinion is (None if captions else opinion)
+  assert captions is None or asked[0].captions == captions
+
+
 def test_a_config_describes_a_file_that_does_not_itself(world, programs, monkeypatch, tmp_path):
   """Such as a published student, converted."""
   folder, _, rec, _, prompts = world
@@ -371,7 +394,7 @@ def test_a_drift_whose_cache_no_device_holds_is_refused(world, monkeypatch):
   monkeypatch.setattr(drift, '_memory', lambda: size + 400)
   drift.check(config, rec)
   monkeypatch.setattr(drift, '_memory', lambda: size)
-  with pytest.raises(InputError, match='at 16 times its length .* give it a window'):
+  with pytest.raises(InputError, match='at 16 times its length .* --config with a window'):
     drift.check(config, rec)
   monkeypatch.setattr(drift, '_memory', lambda: None)
   drift.check(config, rec)
