@@ -3,8 +3,8 @@
   python -m salt_jax.evaluate --checkpoint=RUN --clips=256
 
 makes the table of everything that ships with the nano world, and of a run's student beside it. With
---diagnose=defect,cache,swap,drift it looks into one student instead, of any size with --prompts, see `diagnostics`; with
---vbench=PROMPTS it writes the videos that VBench scores, see `benchmark`.
+--diagnose=defect,cache,swap,drift it looks into one student instead, with --prompts of any size, see `diagnostics`; and
+with --vbench=PROMPTS it writes the videos that VBench scores, see `benchmark`.
 """
 
 import dataclasses
