@@ -1,6 +1,7 @@
 """Whether Salt works: what a student does against its own consistency, its cache, and the length of a clip.
 
   python -m salt_jax.evaluate --diagnose=defect,cache,swap,drift --checkpoint=RUN --clips=16 --output=FOLDER
+  python -m salt_jax.evaluate --diagnose=defect,cache,drift --checkpoint=RUN --prompts=FILE --clips=16 --output=FOLDER
 
 defect  how far one long step is from two short ones, over all time triples (salt_method.md 2.3, 5.5)
 cache   chunks sampled with K steps behind a history that was made with K' (salt_method.md 3.1)
@@ -8,143 +9,46 @@ swap    chunks sampled behind real clips, against behind the student's own
 drift   quality and motion over the clip, at the trained length and beyond
 
 Every student is asked for the same step counts and triples, whatever it was trained on, so that students compare.
-Captions are held out, and noise belongs to the clip, so two students see the same noise.
+Noise belongs to the clip, so two students see the same noise. A student of the nano world is asked for held-out
+captions and judged by `judge`; any other one for given prompts, and figures are then those of `monitor.looks`.
 """
 
-import dataclasses
 import functools
 import itertools
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, reduce
-from jaxtyping import Array, Float, Key, PyTree, UInt8
+from jaxtyping import Array, Float, PyTree, UInt8
 from ml_collections import ConfigDict
 
 from salt_jax import (
   charts,
   clips,
   codec,
-  judge,
-  monitor,
-  precompute,
-  recipe,
-  sample,
-  stages,
+  drift,
   statistics,
 )
-from salt_jax.checks import MAX_STEPS
-from salt_jax.diffusion import flow, probes, rollout
-from salt_jax.diffusion.rollout import Plan, Rollout
+from salt_jax.diffusion import flow, probes
+from salt_jax.diffusion.rollout import Rollout
 from salt_jax.errors import InputError
 from salt_jax.losses.consistency import defect as normalised_defect
-from salt_jax.models import vae, wan
+from salt_jax.models import vae
 from salt_jax.models.cache import KVCache
-from salt_jax.models.prompt import Prompt
-from salt_jax.recipe import TIME, Recipe
-from salt_jax.step import conditioning, to_unit
+from salt_jax.recipe import Recipe
+from salt_jax.step import to_unit
+from salt_jax.subject import Subject
 
 log = logging.getLogger('salt_jax.diagnostics')
 
 NAMES = ('defect', 'cache', 'swap', 'drift')
 GRID = 8  # Steps of the grid that triples lie on.
 STEPS = (2, 4, 8)
-LENGTHS = (1, 4, 16)  # Times the trained length.
-LEAST = 3  # Latent frames of a window: fewer hold no motion to measure.
-FIGURES = ('colour', 'class', 'drift', 'travel_per_second', 'brightness', 'saturation')
-_FEWEST = 2  # Clips at the longest length, if there are as many.
-
-
-@dataclasses.dataclass(frozen=True)
-class Subject:
-  """A student and the held-out clips it is asked for.
-
-  Attributes:
-    config: seed, video and rollout.
-    rec: the same, built.
-    apply: the student, as rollouts take it.
-    params: its parameters.
-    frozen: text encoder and VAE.
-    opinion: of `judge.train`; None where nothing is judged.
-    split: of the clips.
-    captions: one a clip.
-    batch: their ids and mask, the index of the clips, and what an I2V student is given of their first frames.
-    keys: of the noise.
-    text: encoder rows, and those first frames.
-    decode: latents to uint8 video.
-  """
-
-  config: ConfigDict
-  rec: Recipe
-  apply: Callable
-  params: PyTree
-  frozen: PyTree
-  opinion: Any
-  split: str
-  captions: list[str]
-  batch: tuple
-  keys: Key[Array, 'b']
-  text: Prompt
-  decode: Callable
-
-  @property
-  def chunk(self) -> int:
-    return self.rec.chunking.chunk
-
-  def plan(self, steps: int, exit_step: int | None = None) -> Plan:
-    """A rollout on the grid of `steps`, to its end or to an exit; all of them share one program."""
-    sigmas = flow.padded_sigmas(steps, self.rec.schedule.shift, MAX_STEPS + 1)
-    return rollout.student_plan(
-      self.rec.chunking, sigmas, steps - 1 if exit_step is None else exit_step
-    )
-
-  def roll(self, plan: Plan) -> Rollout:
-    return _roll(self.apply, self.params, self.keys, self.text, plan)
-
-
-def subject(
-  config: ConfigDict, rec: Recipe, params: PyTree, clip_set: tuple[str, int], opinion: Any = None
-) -> Subject:
-  """Puts a student and its captions together.
-
-  Args:
-    config: of the student.
-    rec: the same, built.
-    params: of the student.
-    clip_set: (split, number of clips).
-    opinion: of `judge.train`.
-
-  Raises:
-    InputError: text encoder or VAE are not there.
-  """
-  split, count = clip_set
-  index = np.arange(count, dtype=np.int32)
-  frozen = stages.serving(config, rec, 'text', 'vae')
-  captions = clips.captions(split, index, config.seed)
-  ids, mask = stages.tokenizer(config, rec)(captions)
-  first = clips.films(index, split, config.seed, 1, config.video.height)
-  given = precompute.given(config, rec)(first)
-  fields = {'ids': ids, 'mask': mask} | given
-  return Subject(
-    config=config,
-    rec=rec,
-    apply=wan.bind(rec.model),
-    params=params,
-    frozen=frozen,
-    opinion=opinion,
-    split=split,
-    captions=captions,
-    batch=(ids, mask, index, *given.values()),
-    keys=sample.keys(rec, index),
-    text=jax.jit(lambda f, fields: conditioning(f, fields, rec)[0])(frozen, fields),
-    decode=codec.decoder(rec, frozen['vae']),
-  )
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -160,12 +64,19 @@ def names(text: str) -> tuple[str, ...]:
   return found
 
 
-def check(asked: Sequence[str], rec: Recipe) -> None:
+def check(asked: Sequence[str], config: ConfigDict, rec: Recipe, prompts: bool) -> None:
   """Refuses what a student does not have.
 
+  Args:
+    asked: diagnostics.
+    config: of the student.
+    rec: the same, built.
+    prompts: whether the clips are of given prompts.
+
   Raises:
-    InputError: a bidirectional student, which has no cache, is asked about it.
+    InputError: a student without the clips, the pictures, the cache or the memory that is asked for.
   """
+  _check_clips(asked, config, rec, prompts)
   if rec.model.frame_channels and 'drift' in asked:
     raise InputError(
       '--diagnose=drift needs longer clips, and a student that is given first frames makes those of its own length: '
@@ -177,9 +88,28 @@ def check(asked: Sequence[str], rec: Recipe) -> None:
       f'--diagnose={",".join(without)} needs chunks and a cache, but this student is bidirectional: '
       'ask for --diagnose=defect.'
     )
+  if 'drift' in asked:
+    drift.check(config, rec)
 
 
-_roll = jax.jit(rollout.rollout, static_argnums=0)
+def _check_clips(asked: Sequence[str], config: ConfigDict, rec: Recipe, prompts: bool) -> None:
+  nano = config.size == 'nano'
+  if rec.model.frame_channels and (prompts or not nano):
+    mend = 'leave --prompts out' if nano else 'look into a text-to-video student'
+    raise InputError(
+      f'--diagnose: this student continues a picture, and prompts come without: {mend}.'
+    )
+  if not (nano or prompts):
+    raise InputError(
+      f'--diagnose has captions for nano students alone, and this one is of {config.name}: pass --prompts, a file '
+      'with one prompt a line.'
+    )
+  if prompts and 'swap' in asked:
+    raise InputError(
+      '--diagnose=swap needs real clips, and --prompts come without: leave swap out.'
+    )
+
+
 _behind = jax.jit(probes.chunks_behind, static_argnums=0)
 _commit = jax.jit(probes.commit, static_argnums=(0, 5))
 
@@ -205,25 +135,19 @@ def defects(
 
 def defect(subject: Subject) -> dict:
   """The semigroup defect on the student's own x_s: rollouts of eight steps with the exit at s."""
-  levels = np.float32(flow.few_step_sigmas(GRID, subject.rec.schedule.shift))
-  rows, clip_values = [], []
-  for start, group in itertools.groupby(probes.triples(GRID), lambda triple: triple[0]):
-    rolled = subject.roll(subject.plan(GRID, start))
-    for triple in group:
-      sigmas = tuple(levels[i] for i in triple)
-      found = defects(subject.apply, subject.params, subject.text, rolled, sigmas, subject.chunk)
-      whole, by_chunk = (np.asarray(x, np.float64) for x in found)
-      clip_values.append(whole)
-      rows.append(
-        {
-          'labels': [1000 - 1000 * i / GRID for i in triple],
-          'sigmas': [float(sigma) for sigma in sigmas],
-          'defect': float(whole.mean()),
-          'squared': float(np.square(whole).mean()),
-          'by_chunk': by_chunk.mean(0).tolist(),
-        }
-      )
-  values = np.stack(clip_values, -1)
+  levels = _levels(subject)
+  found, rows = subject.gathered(_defects_of), []
+  for triple, (whole, by_chunk) in zip(probes.triples(GRID), found, strict=True):
+    rows.append(
+      {
+        'labels': [1000 - 1000 * i / GRID for i in triple],
+        'sigmas': [float(levels[i]) for i in triple],
+        'defect': float(whole.mean()),
+        'squared': float(np.square(whole).mean()),
+        'by_chunk': by_chunk.mean(0).tolist(),
+      }
+    )
+  values = np.stack([whole for whole, _ in found], -1)
   trained = np.array([row['sigmas'][0] < 1 for row in rows])
   return {
     'clips': len(values),
@@ -234,6 +158,27 @@ def defect(subject: Subject) -> dict:
     'by_chunk': np.mean([row['by_chunk'] for row in rows], 0).tolist(),
     'triples': rows,
   }
+
+
+def _levels(subject: Subject) -> Float[np.ndarray, 's']:
+  return np.float32(flow.few_step_sigmas(GRID, subject.rec.schedule.shift))
+
+
+def _defects_of(part: Subject) -> list[tuple]:
+  """`defects` of each triple."""
+  groups = itertools.groupby(probes.triples(GRID), lambda triple: triple[0])
+  return [found for start, group in groups for found in _defects_from(part, start, group)]
+
+
+def _defects_from(part: Subject, start: int, group: Iterable[tuple]) -> list[tuple]:
+  """The same of triples with one s; a function of its own, so that one cache is alive at a time."""
+  levels, rolled = _levels(part), part.roll(part.plan(GRID, start))
+  found = []
+  for triple in group:
+    sigmas = tuple(levels[i] for i in triple)
+    ratios = defects(part.apply, part.params, part.text, rolled, sigmas, part.chunk)
+    found.append(tuple(np.asarray(x, np.float64) for x in ratios))
+  return found
 
 
 def _interval(values: Float[np.ndarray, 'b']) -> list[float]:
@@ -251,23 +196,36 @@ def _sampled(subject: Subject, steps: int, history: KVCache) -> Float[Array, 'b 
 
 def cache(subject: Subject) -> dict:
   """Each number of steps behind a history of each number of steps; equal numbers are plain generation."""
-  histories = {k: subject.roll(subject.plan(k)).cache for k in STEPS}
-  made = {
-    pair: _sampled(subject, pair[1], histories[pair[0]]) for pair in itertools.product(STEPS, STEPS)
-  }
-  pairs = []
-  for (history, steps), x0 in made.items():
-    gap = np.square(np.asarray(x0) - np.asarray(made[steps, steps]))
-    figures = judge.judge(subject.opinion, subject.decode(x0), subject.captions)
+  found, pairs = subject.gathered(_pairs_of), []
+  for history, steps in itertools.product(STEPS, STEPS):
+    figures, distance = found[history, steps]
     pairs.append(
       {
         'history': history,
         'steps': steps,
-        'figures': {name: _interval(values) for name, values in figures.items()},
-        'distance_by_chunk': reduce(gap, 'b (n f) h w c -> n', 'mean', f=subject.chunk).tolist(),
+        'figures': {name: _interval(figures[name]) for name in subject.figures},
+        'distance_by_chunk': distance.mean(0).tolist(),
       }
     )
   return {'clips': len(subject.captions), 'step_counts': list(STEPS), 'pairs': pairs}
+
+
+def _pairs_of(part: Subject) -> dict[tuple[int, int], tuple]:
+  """Of each (history, steps): figures `[b]`, and by chunk the squared distance `[b n]` to equal numbers."""
+  made = {history: _behind_history(part, history) for history in STEPS}
+  found = {}
+  for history, steps in itertools.product(STEPS, STEPS):
+    x0 = made[history][steps]
+    gap = np.square(x0 - made[steps][steps])
+    by_chunk = reduce(gap, 'b (n f) h w c -> b n', 'mean', f=part.chunk)
+    found[history, steps] = part.look(part.decode(x0)), by_chunk
+  return found
+
+
+def _behind_history(part: Subject, steps: int) -> dict[int, Float[np.ndarray, 'b f h w c']]:
+  """Latents of each number of steps; a function of its own, so that one cache is alive at a time."""
+  history = part.roll(part.plan(steps)).cache
+  return {k: np.asarray(_sampled(part, k, history)) for k in STEPS}
 
 
 # Swap.
@@ -289,8 +247,8 @@ def decode_behind(
 
 def real_latents(subject: Subject) -> Float[np.ndarray, 'b f h w c']:
   """The VAE's latents of the clips that the captions describe."""
-  video, index = subject.config.video, subject.batch[2]
-  films = clips.films(index, subject.split, subject.config.seed, video.frames, video.height)
+  video, index = subject.config.video, np.asarray(subject.asked.batch[2])
+  films = clips.films(index, subject.asked.split, subject.config.seed, video.frames, video.height)
   run = jax.jit(lambda params, x: vae.encode(params, to_unit(x), subject.rec.vae))
   return np.concatenate([run(subject.frozen['vae'], film[None]) for film in films])
 
@@ -300,122 +258,39 @@ def swap(subject: Subject) -> dict:
 
   A chunk behind a real past is also decoded behind it, as it would follow there.
   """
-  real = real_latents(subject)
-  model = subject.apply, subject.params, subject.keys, subject.text
-  history = _commit(*model, real, subject.rec.chunking)
-  spans = windows(subject.rec.chunking.frames, subject.chunk)
-  rows = [_swap_row(subject, spans, 'clips themselves', None, subject.decode(real))]
-  for steps in STEPS:
-    own = subject.decode(subject.roll(subject.plan(steps)).x0)
-    rows.append(_swap_row(subject, spans, 'own', steps, own))
-    made = decode_behind(subject, _sampled(subject, steps, history), real)
-    rows.append(_swap_row(subject, spans, 'real', steps, made))
+  spans = drift.windows(subject.rec.chunking.frames, subject.chunk)
+  found = subject.gathered(functools.partial(_swapped, spans=spans))
+  rows = [
+    {'cache': kind, 'steps': steps, 'figures': drift.means(figures, drift.figures(subject))}
+    for (kind, steps), figures in zip(_swap_rows(), found, strict=True)
+  ]
   return {
     'clips': len(subject.captions),
-    'split': subject.split,
+    'split': subject.asked.split,
     'windows': spans,
     'rows': rows,
   }
 
 
-def _swap_row(subject: Subject, spans, kind: str, steps: int | None, videos) -> dict:
-  fps = subject.config.video.fps
-  figures = judged_windows(subject.opinion, videos, subject.captions, spans, fps)
-  return {'cache': kind, 'steps': steps, 'figures': _means(figures)}
+def _swap_rows() -> list[tuple[str, int | None]]:
+  """(cache, steps) of what `_swapped` finds."""
+  return [
+    ('clips themselves', None),
+    *((kind, steps) for steps in STEPS for kind in ('own', 'real')),
+  ]
 
 
-# Drift.
-
-
-def windows(frames: int, chunk: int) -> list[tuple[int, int]]:
-  """Pixel frames [first, behind the last] of each window: whole chunks that make at least `LEAST` latent frames.
-
-  What is left at the end belongs to the last window. Latent frame 0 is one pixel frame, each other one four.
-  """
-  length = chunk * -(-LEAST // chunk)
-  starts = list(range(0, max(frames - length, 0) + 1, length))
-  edges = [*starts, frames]
-  return [(max(0, TIME * a - TIME + 1), TIME * b - TIME + 1) for a, b in itertools.pairwise(edges)]
-
-
-def judged_windows(
-  opinion: Any,
-  videos: UInt8[np.ndarray, 'b t h w 3'],
-  captions: list[str],
-  spans: Sequence[tuple[int, int]],
-  fps: float,
-) -> dict[str, Float[np.ndarray, 'w b']]:
-  """Figures of each window of each clip.
-
-  The judge's direction is left out: it is that of the first leg, and behind it objects turn at the walls.
-
-  Args:
-    opinion: of `judge.train`.
-    videos: whole clips.
-    captions: one a clip.
-    spans: of `windows`.
-    fps: frames a second.
-  """
-  rows = {name: [] for name in FIGURES}
-  for first, behind in spans:
-    part = videos[:, first:behind]
-    found = judge.judge(opinion, part, captions)
-    looks = -(-(behind - first) // judge.STRIDE)
-    found['travel_per_second'] = found['travel'] * fps / ((looks - 1) * judge.STRIDE)
-    found['brightness'], found['saturation'] = monitor.brightness(part), monitor.saturation(part)
-    for name, values in rows.items():
-      values.append(found[name])
-  return {name: np.stack(values) for name, values in rows.items()}
-
-
-def _means(figures: dict[str, Float[np.ndarray, 'w b']], count: int | None = None) -> dict:
-  """Of each window over the first `count` clips."""
-  return {name: values[:, :count].mean(1).tolist() for name, values in figures.items()}
-
-
-def drift(subject: Subject) -> dict:
-  """Streams clips of the trained length and of longer ones: the longer, the fewer.
-
-  `common` are the figures over those clips that every length has, so that lengths compare.
-  """
-  steps = subject.config.evaluate.steps[0]
-  chunking, fewest = subject.rec.chunking, _clips_at(subject, max(LENGTHS))
-  lengths = [_drift_of(subject, times, steps, fewest) for times in LENGTHS]
-  return {
-    'steps': steps,
-    'cache': {'window': chunking.window, 'sink': chunking.sink},
-    'common_clips': fewest,
-    'note': 'direction is judged on the first frames alone: later, objects turn at the walls',
-    'lengths': lengths,
-  }
-
-
-def _clips_at(subject: Subject, times: int) -> int:
-  count = len(subject.captions)
-  return max(min(_FEWEST, count), count // times)
-
-
-def _drift_of(subject: Subject, times: int, steps: int, common: int) -> dict:
-  frames = times * subject.rec.chunking.frames
-  rec = dataclasses.replace(subject.rec, chunking=recipe.chunking(subject.config, frames))
-  count = _clips_at(subject, times)
-  batch = tuple(x[:count] for x in subject.batch)
-  parts = sample.stream(rec, subject.params, subject.frozen, subject.frozen['vae'], batch, steps)
-  videos, captions = np.concatenate(list(parts), 1), subject.captions[:count]
-  spans = windows(frames, subject.chunk)
-  fps = subject.config.video.fps
-  figures = judged_windows(subject.opinion, videos, captions, spans, fps)
-  start = judge.judge(subject.opinion, videos[:, : judge.FIRST_FRAMES + 1], captions)
-  log.info('drift: %d clips of %d frames', count, videos.shape[1])
-  return {
-    'times': times,
-    'latent_frames': frames,
-    'clips': count,
-    'windows': spans,
-    'direction': float(start['direction'].mean()),
-    'figures': _means(figures),
-    'common': _means(figures, common),
-  }
+def _swapped(part: Subject, spans: Sequence[tuple[int, int]]) -> list[dict]:
+  """Figures by window of each row."""
+  real = real_latents(part)
+  model = part.apply, part.params, part.keys, part.text
+  history = _commit(*model, real, part.rec.chunking)
+  videos = [part.decode(real)]
+  for steps in STEPS:
+    videos.append(part.decode(part.roll(part.plan(steps)).x0))
+    videos.append(decode_behind(part, _sampled(part, steps, history), real))
+  own = len(part.captions)
+  return [drift.by_window(part, video[:own], spans) for video in videos]
 
 
 def run(asked: Sequence[str], subject: Subject, folder: str) -> dict[str, dict]:
@@ -424,7 +299,7 @@ def run(asked: Sequence[str], subject: Subject, folder: str) -> dict[str, dict]:
     'defect': (defect, charts.defect),
     'cache': (cache, charts.cache),
     'swap': (swap, charts.swap),
-    'drift': (drift, charts.drift),
+    'drift': (drift.drift, charts.drift),
   }
   os.makedirs(folder, exist_ok=True)
   results = {}

@@ -3,8 +3,8 @@
   python -m salt_jax.evaluate --checkpoint=RUN --clips=256
 
 makes the table of everything that ships with the nano world, and of a run's student beside it. With
---diagnose=defect,cache,swap,drift it looks into one student instead, see `diagnostics`; with --vbench=PROMPTS it writes
-the videos that VBench scores, see `benchmark`.
+--diagnose=defect,cache,swap,drift it looks into one student instead, with --prompts of any size, see `diagnostics`; and
+with --vbench=PROMPTS it writes the videos that VBench scores, see `benchmark`.
 """
 
 import dataclasses
@@ -30,11 +30,14 @@ from salt_jax import (
   convert,
   diagnostics,
   judge,
+  loading,
   precompute,
+  prompts,
   recipe,
   sample,
   stages,
   statistics,
+  subject,
   video,
   weights,
 )
@@ -324,7 +327,12 @@ def define_flags() -> None:
     None,
     f'Instead of the table, look into --checkpoint: some of {",".join(diagnostics.NAMES)}.',
   )
-  flags.DEFINE_integer('clips', 64, 'Clips a row.', lower_bound=1)
+  flags.DEFINE_string(
+    'prompts',
+    None,
+    'Prompts for --diagnose, which any student but one of nano needs: .txt, .jsonl or .csv.',
+  )
+  flags.DEFINE_integer('clips', 64, 'Clips a row, or of --diagnose.', lower_bound=1)
   flags.DEFINE_enum(
     'split', 'seen', ['seen', 'unseen'], 'Held-out images in captions seen or not seen in training.'
   )
@@ -338,6 +346,10 @@ def define_flags() -> None:
 
 def program() -> None:
   args = flags.FLAGS
+  if args.prompts is not None and args.diagnose is None:
+    raise InputError(
+      '--prompts has no use without --diagnose: --vbench takes its own, and the table captions.'
+    )
   if args.vbench is not None:
     benchmark.export(args)
     return
@@ -361,7 +373,7 @@ def diagnose(args: flags.FlagValues) -> None:
   """Looks into one student, with the config it was made with unless the command names another.
 
   Raises:
-    InputError: an unknown diagnostic, no checkpoint, or one that does not fit.
+    InputError: an unknown diagnostic, no checkpoint, one that does not fit, or prompts that cannot be read.
   """
   asked = diagnostics.names(args.diagnose)
   if not args.checkpoint:
@@ -369,17 +381,45 @@ def diagnose(args: flags.FlagValues) -> None:
       '--diagnose looks into one student: pass --checkpoint, the workdir of a run, an exported file, or '
       'assets:nano_student.safetensors.'
     )
-  config, rec, params = sample.load(args.checkpoint)
-  diagnostics.check(asked, rec)
-  if cli.config_is_given():
-    config, rec = args.config, _other_recipe(args, rec)
-    params = student_of(args.checkpoint, rec)
+  texts = None if args.prompts is None else _texts(args)
+  config, rec, load = _student(args)
+  diagnostics.check(asked, config, rec, texts is not None)
   cli.check_folder('output', args.output)
-  clip_set = args.split, args.clips
-  subject = diagnostics.subject(config, rec, params, clip_set)
-  if set(asked) != {'defect'}:
-    subject = dataclasses.replace(subject, opinion=judge.train())
-  diagnostics.run(asked, subject, args.output)
+  if texts is None:
+    wanted = subject.captioned(config, rec, args.split, args.clips)
+  else:
+    wanted = subject.prompted(config, rec, texts)
+    if len(texts) < args.clips:
+      log.warning('%s has %d prompts: no more clips are made.', args.prompts, len(texts))
+  size = args.batch if texts is not None or args['batch'].present else None
+  student = subject.subject(config, rec, load(), wanted, size)
+  if texts is None and set(asked) != {'defect'}:
+    student = dataclasses.replace(student, opinion=judge.train())
+  diagnostics.run(asked, student, args.output)
+
+
+def _texts(args: flags.FlagValues) -> list[str]:
+  """The first --clips prompts of the file --prompts."""
+  if args['split'].present:
+    raise InputError(
+      '--split chooses captions of the nano world: leave it out, or --prompts, which come instead.'
+    )
+  return [entry.prompt for entry in prompts.read(args.prompts)][: args.clips]
+
+
+def _student(args: flags.FlagValues) -> tuple[ConfigDict, Recipe, Callable[[], PyTree]]:
+  """Config and recipe of --checkpoint, and what reads its parameters; --config describes a file that does not itself.
+
+  Raises:
+    InputError: nothing there, or it does not fit --config.
+  """
+  path, given = args.checkpoint, cli.config_is_given()
+  own = not given or loading.describes_itself(path)
+  config, rec = loading.described(path, None if own else args.config)
+  if own and given:
+    config, rec = args.config, _other_recipe(args, rec)
+    return config, rec, lambda: student_of(path, rec)
+  return config, rec, lambda: weights.load(path, 'dit', rec.model)
 
 
 def _other_recipe(args: flags.FlagValues, own: Recipe) -> Recipe:

@@ -141,7 +141,7 @@ def _stray(video: UInt8[np.ndarray, 'f h w 3'], tracks: Mapping[str, Track], col
   return 1 - float(light[captioned].sum() / max(light.sum(), 1))
 
 
-def _sharpness(video: UInt8[np.ndarray, 'f h w 3']) -> float:
+def sharpness(video: UInt8[np.ndarray, 'f h w 3']) -> float:
   """Mean absolute difference of neighbouring pixels over mean brightness: the same at any size of the light."""
   light = video.max(-1).astype(np.float64)
   steps = sum(np.abs(np.diff(light, axis=axis)).sum() for axis in (1, 2))
@@ -218,7 +218,7 @@ def judge(
       right, drift = _class_and_drift(path, next(probabilities), kind)
       verdicts.append((colour in shown, right, _moves(path, direction), _travel(path), drift))
     stray = _stray(video, paths, [phrase.colour for phrase in phrases])
-    rows.append([*np.mean(verdicts, 0), stray, _sharpness(video)])
+    rows.append([*np.mean(verdicts, 0), stray, sharpness(video)])
   return dict(zip(MEASURES, np.array(rows, np.float32).T, strict=True))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt8
 from ml_collections import ConfigDict
 
-from salt_jax import images, places, recipe, video, weights
+from salt_jax import images, places, recipe, tensor_files, video, weights
 from salt_jax.checks import FEW_STEP
 from salt_jax.errors import InputError
 from salt_jax.models import wan
@@ -24,15 +24,34 @@ def load(path: str, given: ConfigDict | None = None) -> tuple[ConfigDict, Recipe
   Raises:
     InputError: nothing there, damaged, or of a stage without a few-step student.
   """
+  config, rec = described(path, given)
+  return config, rec, weights.load(path, 'dit', rec.model)
+
+
+def described(path: str, given: ConfigDict | None = None) -> tuple[ConfigDict, Recipe]:
+  """The same without the generator, which is not read.
+
+  Raises:
+    InputError: nothing there, or of a stage without a few-step student.
+  """
   if given is None and places.folder_of(path).is_dir():
     config = weights.config_of_run(path)
-    rec = _student_recipe(config, path)
-    return config, rec, weights.load(path, 'dit', rec.model)
+    return config, _student_recipe(config, path)
   config = weights.config_of(weights.resolve(path)) if given is None else given
   if path.startswith('assets:'):
     config.weights.update(weights.shipped(config.weights))
-  rec = _student_recipe(config, path)
-  return config, rec, weights.load(path, 'dit', rec.model)
+  return config, _student_recipe(config, path)
+
+
+def describes_itself(path: str) -> bool:
+  """Whether a checkpoint knows the config that made it: runs do, and what they export.
+
+  Raises:
+    InputError: neither a folder nor a safetensors file.
+  """
+  if places.folder_of(path).is_dir():
+    return True
+  return 'config' in tensor_files.scan(weights.resolve(path))[1]
 
 
 def _student_recipe(config: ConfigDict, path: str) -> Recipe:

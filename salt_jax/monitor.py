@@ -19,6 +19,8 @@ from salt_jax.models.prompt import Prompt
 from salt_jax.recipe import Recipe
 from salt_jax.step import encode, to_bytes
 
+LOOKS = ('brightness', 'saturation', 'sharpness', 'change_per_second')
+
 # `(averaged networks, frozen networks, finished steps) -> scalars`, none where no samples are due.
 Watcher = Callable[[PyTree, PyTree, int], dict[str, float]]
 
@@ -43,6 +45,26 @@ def flicker(videos: UInt8[np.ndarray, 'b f h w 3']) -> Float[np.ndarray, 'b']:
   later, earlier = videos[:, 1:], videos[:, :-1]
   change = np.maximum(later, earlier) - np.minimum(later, earlier)
   return change.mean((1, 2, 3, 4), dtype=np.float64)
+
+
+def looks(videos: UInt8[np.ndarray, 'b f h w 3'], fps: float) -> dict[str, np.ndarray]:
+  """What can be said of any clips without a judge; two frames or more.
+
+  Returns:
+    brightness: see there.
+    saturation: see there.
+    sharpness: as the judge's, of every fourth frame.
+    change_per_second: mean absolute difference of neighbouring frames times their number a second, of the range from
+      black to white: motion and flicker together.
+  """
+  seen = videos[:, :: judge.STRIDE]
+  found = (
+    brightness(videos),
+    saturation(videos),
+    np.array([judge.sharpness(video) for video in seen]),
+    flicker(videos) * fps / 255,
+  )
+  return dict(zip(LOOKS, found, strict=True))
 
 
 def monitor(

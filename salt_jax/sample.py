@@ -183,15 +183,8 @@ def stream(
   plan, apply = recipe.full_plan(rec, steps), wan.bind(rec.model)
   encode = jax.jit(lambda f, b: _prompts(f, b, rec)[0])
   text = encode(frozen, tuple(batch))
-  cache = rollout.empty_cache(chunking, len(index), streaming=True)
-  shape, features = chunking.latent, {}
-
-  @jax.jit
-  def generate(params, text, index, cache, start):
-    x0, _, cache = rollout.denoise_chunk(
-      apply, params, keys(rec, index), text, plan, (cache, start)
-    )
-    return x0, cache
+  cache = streaming.empty_cache(chunking, len(index))
+  noise, shape, features = keys(rec, index), chunking.latent, {}
 
   @functools.partial(jax.jit, static_argnames='global_sink')
   def recache(params, cache, latents, text, start, global_sink):
@@ -207,7 +200,7 @@ def stream(
       text = encode(frozen, (switch.ids, switch.mask, *batch[2:]))
       first = np.int32(start - last.shape[1])
       cache = recache(params, cache, last, text, first, global_sink=switch.global_sink)
-    x0, cache = generate(params, text, index, cache, np.int32(start))
+    x0, cache = streaming.next_chunk(apply, params, noise, text, plan, cache, np.int32(start))
     if waiting:
       last = jnp.concatenate([last, x0], axis=1)[:, -(chunking.window or chunking.frames) :]
     pixels, features = codec.decode_next(vae_params, x0, features, rec.vae, start == 0)
@@ -300,7 +293,7 @@ def generator(
   frozen |= {
     'text': weights.narrowed(networks.get('text', frozen.get('text')), rec.text.dtype)
   } | _negative(args, config, rec)
-  mesh, params, frozen = _placed(config, cfg, networks['dit'], frozen)
+  mesh, params, frozen = placed(config, cfg, networks['dit'], frozen)
   if many:
     chosen = teacher_model.settings(args, config)
     run = teacher_model.sampler(rec, cfg, frozen, recipe.latent_shape(config))(params, chosen)
@@ -313,7 +306,7 @@ def generator(
   return Generator(config, rec, made, draw, protocol)
 
 
-def _placed(
+def placed(
   config: ConfigDict, cfg: wan.WanConfig, params: PyTree, frozen: dict
 ) -> tuple[Mesh, PyTree, dict]:
   """A mesh of this process's devices, and over it a DiT and what serves it, by the config's rules but the VAE whole."""
@@ -418,7 +411,7 @@ def _stream(args: flags.FlagValues) -> None:
   if image is not None:
     config, rec, first = fitted(config, rec, image)
   frozen = stages.serving(config, rec, 'text', 'vae')
-  mesh, params, frozen = _placed(config, rec.model, params, frozen)
+  mesh, params, frozen = placed(config, rec.model, params, frozen)
   ids, mask = stages.tokenizer(config, rec)(list(args.prompt))
   switches = [
     Switch(frame, ids[i : i + 1], mask[i : i + 1], args.global_sink)

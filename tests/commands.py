@@ -43,6 +43,14 @@ def refusal(program, args, monkeypatch, capsys) -> str:
   return lines[0]
 
 
+def finished(program, args, monkeypatch) -> None:
+  """Runs the program to its end."""
+  monkeypatch.setattr(sys, 'argv', [program.__name__, *args])
+  with pytest.raises(SystemExit) as stop:
+    cli.run(program.program, program.define_flags)
+  assert not stop.value.code
+
+
 def refusals(wrong):
   """Runs a test over {program: its (arguments, sentence) pairs}."""
   cases = [(name, *case) for name, pairs in wrong.items() for case in pairs]

@@ -15,7 +15,8 @@ import pytest
 from absl import flags
 from PIL import Image
 
-from salt_jax import cli, diagnostics, evaluate, judge, recipe, sample
+from salt_jax import cli, diagnostics, drift, evaluate, judge, recipe, sample
+from salt_jax import subject as subjects
 from salt_jax import weights as files
 from salt_jax.diffusion import flow, probes, rollout
 from salt_jax.errors import InputError
@@ -41,7 +42,8 @@ def opinion():
 def _subject(config, opinion=None):
   rec = recipe.build(config)
   params = files.load(config.weights.student, 'dit', rec.model)
-  return diagnostics.subject(config, rec, params, ('seen', 2), opinion)
+  subject = subjects.subject(config, rec, params, subjects.captioned(config, rec, 'seen', 2))
+  return dataclasses.replace(subject, opinion=opinion)
 
 
 @pytest.fixture(scope='module')
@@ -127,9 +129,9 @@ def test_a_straight_flow_has_no_defect_and_all_triples_share_a_program(subject):
     zeros = jnp.zeros((2, *x.shape[:2], 4, 2, 16))
     return (x - 0.7) / sigma, wan.Features(k=zeros, v=zeros, taps={})
 
-  before = diagnostics.defects._cache_size(), diagnostics._roll._cache_size()
+  before = diagnostics.defects._cache_size(), subjects._roll._cache_size()
   found = diagnostics.defect(dataclasses.replace(subject, apply=straight))
-  assert (diagnostics.defects._cache_size(), diagnostics._roll._cache_size()) == tuple(
+  assert (diagnostics.defects._cache_size(), subjects._roll._cache_size()) == tuple(
     n + 1 for n in before
   )
   # Rounding of float32 positions against the displacement, which is at least 0.02 of them.
@@ -167,7 +169,7 @@ def test_the_diagonal_is_plain_generation_and_the_rest_is_not(subject, made):
   few = sample.student(subject.rec, subject.frozen)
   for k in diagnostics.STEPS:
     # Two programs round differently, and up to eight passes in a row amplify it.
-    np.testing.assert_allclose(made[k, k], few(subject.params, k)(*subject.batch), atol=1e-4)
+    np.testing.assert_allclose(made[k, k], few(subject.params, k)(*subject.asked.batch), atol=1e-4)
   first, rest = np.split(np.stack([made[2, 4], made[4, 4]]), [3], axis=2)
   np.testing.assert_array_equal(first[0], first[1])
   assert np.abs(rest[0] - rest[1]).max() > 1e-2
@@ -241,7 +243,7 @@ def test_a_student_of_first_frames_is_looked_into_behind_those_of_its_clips(
   folder = tiny_config.write_weights(str(tmp_path_factory.mktemp('i2v')), i2v=True)
   subject = _subject(tiny_config.get_i2v(folder), opinion)
   few = sample.student(subject.rec, subject.frozen)(subject.params, 2)
-  *prompts, condition = subject.batch
+  *prompts, condition = subject.asked.batch
   rolled = subject.roll(subject.plan(2))
   made = np.asarray(diagnostics._sampled(subject, 2, rolled.cache))
   np.testing.assert_allclose(made, few(*prompts, condition), atol=1e-4)
@@ -249,9 +251,9 @@ def test_a_student_of_first_frames_is_looked_into_behind_those_of_its_clips(
   levels = tuple(np.float32(SIGMAS[i]) for i in (4, 5, 6))
   args = subject.apply, subject.params, subject.text, subject.roll(subject.plan(8, 4)), levels, 3
   assert np.asarray(diagnostics.defects(*args)[1]).min() > 1e-3
-  diagnostics.check(('defect', 'cache', 'swap'), subject.rec)
+  diagnostics.check(('defect', 'cache', 'swap'), subject.config, subject.rec, False)
   with pytest.raises(InputError, match='--diagnose=drift needs longer clips'):
-    diagnostics.check(('defect', 'drift'), subject.rec)
+    diagnostics.check(('defect', 'drift'), subject.config, subject.rec, False)
 
 
 # Drift.
@@ -259,7 +261,7 @@ def test_a_student_of_first_frames_is_looked_into_behind_those_of_its_clips(
 
 @pytest.mark.parametrize('frames, chunk', [(21, 3), (84, 3), (21, 1), (20, 2), (6, 2), (2, 1)])
 def test_windows_cover_all_frames_once(frames, chunk):
-  spans = diagnostics.windows(frames, chunk)
+  spans = drift.windows(frames, chunk)
   covered = np.concatenate([np.arange(a, b) for a, b in spans])
   np.testing.assert_array_equal(covered, np.arange(4 * frames - 3))
   assert min(b - a for a, b in spans) >= min(9, 4 * frames - 3)
@@ -267,26 +269,27 @@ def test_windows_cover_all_frames_once(frames, chunk):
   assert all(((b + 3) // 4) % chunk == 0 and b % 4 == 1 for _, b in spans)
 
 
-def test_a_window_is_judged_as_a_clip_by_itself(opinion):
+def test_a_window_is_judged_as_a_clip_by_itself(subject):
   captions = ['a red bag moves right', 'a blue boot moves up and a green dress moves down']
   videos = np.random.default_rng(0).integers(0, 255, (2, 21, 32, 32, 3), np.uint8)
   videos[0, 9:] = 0
   videos[0, 9:, 4:20, 4:20, 0] = 200
-  found = diagnostics.judged_windows(opinion, videos, captions, [(0, 9), (9, 21)], 16)
-  assert set(found) == set(diagnostics.FIGURES) and 'direction' not in found
-  second = judge.judge(opinion, videos[:, 9:], captions)
+  subject = dataclasses.replace(subject, asked=subjects.Asked(captions, ()))
+  found = drift.by_window(subject, videos, [(0, 9), (9, 21)])
+  assert set(found) == set(drift.FIGURES) and 'direction' not in found
+  second = judge.judge(subject.opinion, videos[:, 9:], captions)
   for name in ('colour', 'class', 'drift'):
-    np.testing.assert_array_equal(found[name][1], second[name])
-  assert found['colour'].shape == (2, 2) and found['colour'][1, 0] == 1
+    np.testing.assert_array_equal(found[name][:, 1], second[name])
+  assert found['colour'].shape == (2, 2) and found['colour'][0, 1] == 1
   # Looks at frames 9, 13 and 17 are half a second apart.
-  np.testing.assert_allclose(found['travel_per_second'][1], second['travel'] / 0.5)
-  assert found['saturation'][1, 0] == 1 > found['saturation'][0, 0]
+  np.testing.assert_allclose(found['travel_per_second'][:, 1], second['travel'] / 0.5)
+  assert found['saturation'][0, 1] == 1 > found['saturation'][0, 0]
 
 
 def test_longer_clips_begin_like_the_trained_ones(subject, monkeypatch):
   """With a full cache a chunk does not know how many will follow."""
-  monkeypatch.setattr(diagnostics, 'LENGTHS', (1, 2))
-  one, two = diagnostics.drift(subject)['lengths']
+  monkeypatch.setattr(drift, 'LENGTHS', (1, 2))
+  one, two = drift.drift(subject)['lengths']
   assert (one['latent_frames'], two['latent_frames']) == (6, 12)
   assert one['windows'] == two['windows'][:2] == [(0, 9), (9, 21)] and len(two['windows']) == 4
   for name in ('brightness', 'saturation'):
@@ -294,9 +297,9 @@ def test_longer_clips_begin_like_the_trained_ones(subject, monkeypatch):
 
 
 def test_lengths_are_compared_on_the_clips_that_all_have(subject, monkeypatch):
-  monkeypatch.setattr(diagnostics, 'LENGTHS', (1, 2))
-  monkeypatch.setattr(diagnostics, '_FEWEST', 1)
-  found = diagnostics.drift(subject)
+  monkeypatch.setattr(drift, 'LENGTHS', (1, 2))
+  monkeypatch.setattr(drift, '_FEWEST', 1)
+  found = drift.drift(subject)
   one, two = found['lengths']
   assert (one['clips'], two['clips'], found['common_clips']) == (2, 1, 1)
   assert two['common'] == two['figures']
@@ -341,7 +344,7 @@ def _exported(folder, chunk):
 
 def test_the_program_writes_numbers_and_pictures(folder, opinion, program, tmp_path, monkeypatch):
   monkeypatch.setattr(judge, 'train', lambda: opinion)
-  monkeypatch.setattr(diagnostics, 'LENGTHS', (1, 2))
+  monkeypatch.setattr(drift, 'LENGTHS', (1, 2))
   args = (f'--checkpoint={_exported(folder, 3)}', '--clips=2', f'--output={tmp_path}')
   assert not program('--diagnose=defect,cache,swap,drift', *args)
   found = {name: json.loads((tmp_path / f'{name}.json').read_text()) for name in diagnostics.NAMES}
@@ -366,7 +369,7 @@ def test_the_program_writes_numbers_and_pictures(folder, opinion, program, tmp_p
   lengths = found['drift']['lengths']
   assert [len(row['windows']) for row in lengths] == [2, 4]
   for row, part in itertools.product(lengths, ('figures', 'common')):
-    assert set(row[part]) == set(diagnostics.FIGURES)
+    assert set(row[part]) == set(drift.FIGURES)
     assert all(len(values) == len(row['windows']) for values in row[part].values())
   for name in diagnostics.NAMES:
     with Image.open(tmp_path / f'{name}.png') as picture:

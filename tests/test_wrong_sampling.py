@@ -138,6 +138,14 @@ WRONG_COMMANDS = {
       ['--diagnose=defects'],
       '--diagnose: "defects" is unknown; choose from defect, cache, swap, drift.',
     ),
+    (
+      ['--prompts=p.txt'],
+      '--prompts has no use without --diagnose: --vbench takes its own, and the table captions.',
+    ),
+    (
+      ['--diagnose=swap', f'--checkpoint={STUDENT}', '--prompts=LICENSE'],
+      'of prompt file LICENSE is empty: remove it or fill it.',
+    ),
     (['--config.weights.text=nowhere', '--output={tmp}'], 'not there: nowhere (weights.text)'),
     (['--vbench=LICENSE'], 'pass --checkpoint: the workdir of a run, an exported file, or assets:'),
     (

@@ -3,6 +3,7 @@
 python -m salt_jax.main --config=tests/tiny_config.py:FOLDER
 python -m salt_jax.main --config=tests/tiny_config.py:FOLDER,streaming
 python -m salt_jax.main --config=tests/tiny_config.py:FOLDER,sharded
+python -m salt_jax.evaluate --config=tests/tiny_config.py:FOLDER,wan --diagnose=defect --checkpoint=FILE --prompts=FILE
 """
 
 import os
@@ -46,6 +47,8 @@ def get_config(folder):
     return get_streaming(folder)
   if kind == 'sharded':
     return get_sharded(folder)
+  if kind == 'wan':
+    return get_wan(folder)
   config = shrink(selfforcing.get_config('nano'), folder)
   config.total_steps = 6
   config.generator_every = 2
@@ -84,6 +87,15 @@ def get_sharded(folder):
   return config
 
 
+def get_wan(folder):
+  """A student of a real size but for its numbers: UMT5's tokenizer in the folder, no judge, all split over devices."""
+  config = shrink(selfforcing.get_config('1.3b'), folder)
+  config.text.update(vocab=512, dim=64, dim_attn=64, heads=4, ffn_dim=32, layers=2, dtype='float32')
+  config.update(text_length=16, rules=(('.*', 'fsdp'),), shard_min_size=16)
+  config.weights.tokenizer = folder
+  return config
+
+
 def get_tower(folder):
   """The same with networks that are given rows of a CLIP tower too."""
   config = get_i2v(folder)
@@ -116,15 +128,17 @@ def _write(folder, name, cfg, seed):
   convert.save_params(os.path.join(folder, f'{name}.safetensors'), params, network)
 
 
-def write_weights(folder, i2v=False, tower=False):
+def write_weights(folder, i2v=False, tower=False, wan_like=False):
   """Random networks in files, as a stage expects them."""
   config = get_tower(folder) if tower else get_i2v(folder) if i2v else get_config(folder)
+  config = get_wan(folder) if wan_like else config
+  dit = wan.WanConfig(**(dict(config.model) | {'attention': 'dense'}))
   cfgs = {
     'vae': vae.VAEConfig(
       **{k: tuple(v) if isinstance(v, list | tuple) else v for k, v in config.vae.items()}
     ),
     'text': text.TextConfig(**config.text),
-    **{name: wan.WanConfig(**config.model) for name in ('teacher', 'init', 'student', 'ar')},
+    **{name: dit for name in ('teacher', 'init', 'student', 'ar')},
   }
   if tower:
     cfgs['clip'] = clip.ClipConfig(**config.clip)

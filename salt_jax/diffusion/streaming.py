@@ -6,14 +6,16 @@ that stream changes, are functions of how many steps went before; cache, last la
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
-from salt_jax.diffusion.rollout import Chunking, Past, Rollout, stream_cache
+from salt_jax.diffusion import rollout
+from salt_jax.diffusion.rollout import Chunking, Past, Plan, Rollout, stream_cache
 from salt_jax.errors import InputError
 from salt_jax.models.cache import KVCache, rewrite
 from salt_jax.models.prompt import Prompt
@@ -141,6 +143,28 @@ def carry_on(carried: Carried, rolled: Rollout, mask: Bool[Array, 'f'], new: int
   is_new = mask[None, :, None, None, None]
   latents = jnp.where(is_new, rolled.x0, jnp.roll(carried.latents, -new, axis=1))
   return carried.replace(cache=rolled.cache, latents=latents)
+
+
+# Where it will lie: no device holds all of it on the way.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def empty_cache(chunking: Chunking, batch: int) -> KVCache:
+  """The cache of a video that is made chunk by chunk: what a chunk can still see, and no more."""
+  return rollout.empty_cache(chunking, batch, streaming=True)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnames='cache')
+def next_chunk(
+  apply: Callable,
+  params,
+  keys: Key[Array, 'b'],
+  text: Prompt,
+  plan: Plan,
+  cache: KVCache,
+  start: Int[Array, ''],
+) -> tuple[Float[Array, 'b f h w c'], KVCache]:
+  """The chunk at `start` and the cache behind it; arguments as for `rollout.denoise_chunk`, the cache is donated."""
+  x0, _, cache = rollout.denoise_chunk(apply, params, keys, text, plan, (cache, start))
+  return x0, cache
 
 
 def recache(
