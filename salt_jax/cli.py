@@ -5,6 +5,7 @@ import glob
 import importlib.metadata
 import importlib.util
 import logging
+import math
 import os
 import re
 import sys
@@ -69,6 +70,20 @@ def leave_tpu_alone() -> None:
   plugins = importlib.metadata.entry_points(group='jax_plugins')  # those of GPUs
   if importlib.util.find_spec('libtpu') and not (devices or plugins or jax.config.jax_platforms):
     jax.config.update('jax_platforms', 'cpu')
+
+
+def cpu_devices(config: ConfigDict) -> int:
+  """Devices that a CPU should be to a config: for nano one a core, as far as they share its batch.
+
+  XLA leaves half of a second core idle. What the environment or the mesh says holds.
+  """
+  told = 'JAX_NUM_CPU_DEVICES' in os.environ or 'device_count' in os.environ.get('XLA_FLAGS', '')
+  others = math.prod(size for axis, size in config.mesh.items() if axis != 'data')
+  if told or config.size != 'nano' or config.mesh.data != -1 or others != 1:
+    return jax.config.jax_num_cpu_devices
+  # Where there is no affinity, as on macOS, all cores are ours.
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+  return math.gcd(2 ** (cores.bit_length() - 1), config.batch)
 
 
 def define_config(help_string: str, default: str | None = None) -> flags.FlagHolder[ConfigDict]:

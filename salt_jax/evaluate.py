@@ -35,6 +35,7 @@ from salt_jax import (
   prompts,
   recipe,
   sample,
+  sharding,
   stages,
   statistics,
   subject,
@@ -90,7 +91,8 @@ def finished(config: ConfigDict, rec: Recipe, networks: dict[str, PyTree]) -> di
 def _real(
   config: ConfigDict, index, split: str = 'train', frames: int = 0
 ) -> UInt8[np.ndarray, 'b f h w 3']:
-  return clips.films(index, split, config.seed, frames or config.video.frames, config.video.height)
+  frames = frames or config.video.frames
+  return clips.films(np.asarray(index), split, config.seed, frames, config.video.height)
 
 
 def _given_frames(config: ConfigDict, rec: Recipe, split: str = 'seen') -> Callable:
@@ -179,7 +181,7 @@ def measure(
     for at in range(0, count, _BATCH):
       index = np.arange(at, min(at + _BATCH, count), dtype=np.int32)
       began = time.monotonic()
-      drawn.append(np.asarray(jax.block_until_ready(method.run(ids[index], mask[index], index))))
+      drawn.append(np.asarray(jax.block_until_ready(method.run(*_placed(ids, mask, index)))))
       spent.append((time.monotonic() - began) / len(index))
     made = np.concatenate(drawn)
     videos = made if made.dtype == np.uint8 else decode(made)
@@ -192,6 +194,12 @@ def measure(
     out.append(row)
     log.info('%s', _line(row))
   return out
+
+
+def _placed(ids: np.ndarray, mask: np.ndarray, index: np.ndarray) -> tuple:
+  """The captions of some clips, over this process's devices if they share them evenly."""
+  batch = ids[index], mask[index], index
+  return sharding.over_local_devices(batch) if len(index) % jax.local_device_count() == 0 else batch
 
 
 def _line(row: Row) -> str:

@@ -26,6 +26,14 @@ def define_flags() -> None:
   hosts.define_flags('Join the other hosts of a slice before anything else.')
 
 
+def process() -> None:
+  """The program in a process of its own."""
+  args = flags.FLAGS
+  if args.config is not None and not args.multihost:
+    jax.config.update('jax_num_cpu_devices', cli.cpu_devices(args.config))
+  program()
+
+
 def program() -> None:
   args = flags.FLAGS
   if args.config is None:
@@ -40,4 +48,4 @@ def program() -> None:
 
 
 if __name__ == '__main__':
-  cli.run(program, define_flags)
+  cli.run(process, define_flags)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import tensorboardX
 
 from salt_jax.errors import NonFiniteError
 
@@ -33,6 +32,8 @@ class Writer:
     self._lines, self._timing = (
       _continued(path, resume_step) for path in (self.path, self.timing_path)
     )
+    import tensorboardX  # takes torch along where that is installed, which takes a second
+
     self._board = tensorboardX.SummaryWriter(
       str(self.path.parent / 'tensorboard'), purge_step=resume_step + 1
     )
