@@ -1,6 +1,7 @@
 """How every program of the package starts and how it refuses."""
 
 import difflib
+import gc
 import glob
 import importlib.metadata
 import importlib.util
@@ -60,6 +61,7 @@ def run(program: Callable[[], None], define: Callable[[], None] = lambda: None) 
       sys.exit(_refuse(error))
 
   leave_tpu_alone()
+  gc.freeze()  # modules stay: collections while steps are traced need not pass over them
   app.run(guarded, flags_parser=parse)
 
 

@@ -1,5 +1,6 @@
 """All tests run on the CPU and share one compilation cache."""
 
+import gc
 import os
 import pathlib
 import tempfile
@@ -18,6 +19,13 @@ _cache = os.path.join(tempfile.gettempdir(), f'salt_jax_test_cache_{os.getuid()}
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', _cache)
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
 os.environ.setdefault('PYTHONPATH', str(pathlib.Path(__file__).parents[1]))
+
+
+def pytest_collection_finish():
+  """What was imported stays: passing over it again and again took an eighth of the time of tracing."""
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture(scope='module')
