@@ -61,7 +61,8 @@ def run(program: Callable[[], None], define: Callable[[], None] = lambda: None) 
       sys.exit(_refuse(error))
 
   leave_tpu_alone()
-  gc.freeze()  # modules stay: collections while steps are traced need not pass over them
+  if not gc.get_freeze_count():
+    gc.freeze()  # modules stay: collections while steps are traced need not pass over them
   app.run(guarded, flags_parser=parse)
 
 
@@ -75,17 +76,18 @@ def leave_tpu_alone() -> None:
 
 
 def cpu_devices(config: ConfigDict) -> int:
-  """Devices that a CPU should be to a config: for nano one a core, as far as they share its batch.
+  """Devices that a CPU should be to a config: for nano one a core, as far as they share its batches.
 
   XLA leaves half of a second core idle. What the environment or the mesh says holds.
   """
   told = 'JAX_NUM_CPU_DEVICES' in os.environ or 'device_count' in os.environ.get('XLA_FLAGS', '')
-  others = math.prod(size for axis, size in config.mesh.items() if axis != 'data')
-  if told or config.size != 'nano' or config.mesh.data != -1 or others != 1:
+  free = dict(config.mesh) == {'data': -1, 'fsdp': 1, 'context': 1, 'tensor': 1}
+  if told or config.size != 'nano' or not free:
     return jax.config.jax_num_cpu_devices
   # Where there is no affinity, as on macOS, all cores are ours.
   cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-  return math.gcd(2 ** (cores.bit_length() - 1), config.batch)
+  batches = [config[name].batch for name in ('latents', 'pairs') if name in config]
+  return math.gcd(2 ** (cores.bit_length() - 1), config.batch, *batches)
 
 
 def define_config(help_string: str, default: str | None = None) -> flags.FlagHolder[ConfigDict]:

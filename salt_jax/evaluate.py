@@ -3,8 +3,8 @@
   python -m salt_jax.evaluate --checkpoint=RUN --clips=256
 
 makes the table of everything that ships with the nano world, and of a run's student beside it. With
---diagnose=defect,cache,swap,drift it looks into one student instead, with --prompts of any size, see `diagnostics`; and
-with --vbench=PROMPTS it writes the videos that VBench scores, see `benchmark`.
+--diagnose=defect,cache,swap,drift it looks into one student instead, with --prompts into one of any size, see
+`diagnostics`; and with --vbench=PROMPTS it writes the videos that VBench scores, see `benchmark`.
 """
 
 import dataclasses
@@ -27,7 +27,6 @@ from salt_jax import (
   cli,
   clips,
   codec,
-  convert,
   diagnostics,
   judge,
   loading,
@@ -288,7 +287,7 @@ def shipped(
 ) -> list[Method]:
   """Every row of the card: the networks that ship, and the student of a run."""
   weights.require(config, ('text', 'teacher', 'vae', 'init', 'student'))
-  own = student_of(checkpoint, rec) if checkpoint else None
+  own = loading.student_of(checkpoint, rec) if checkpoint else None
   frozen = stages.serving(config, rec, 'text', 'teacher', 'vae')
   given, shape = _given_frames(config, rec, split), recipe.latent_shape(config)
   make = given(sample.teacher(rec, rec.teacher, frozen, shape, config.evaluate.guidance))
@@ -311,24 +310,12 @@ def shipped(
   ]
 
 
-def student_of(checkpoint: str, rec: Recipe) -> PyTree:
-  """The student of a run or an exported file, for the networks of `rec`.
-
-  Raises:
-    InputError: nothing there, damaged, or of another size.
-  """
-  params = sample.load(checkpoint)[2]
-  try:
-    convert.check(params, weights.shapes('dit', rec.model))
-  except InputError as error:
-    raise InputError(f'--checkpoint={checkpoint} and --config do not fit: {error}') from None
-  return params
-
-
 def define_flags() -> None:
   cli.define_config('Sizes and weights of the nano world.', 'configs/selfforcing.py:nano')
   flags.DEFINE_string(
-    'checkpoint', None, 'Workdir or exported file of a student to put beside the shipped ones.'
+    'checkpoint',
+    None,
+    'Workdir or exported file of a student, to put beside the shipped ones or to look into.',
   )
   flags.DEFINE_string(
     'diagnose',
@@ -338,7 +325,7 @@ def define_flags() -> None:
   flags.DEFINE_string(
     'prompts',
     None,
-    'Prompts for --diagnose, which any student but one of nano needs: .txt, .jsonl or .csv.',
+    'Prompts for --diagnose, .txt, .jsonl or .csv: students of other sizes than nano need them.',
   )
   flags.DEFINE_integer('clips', 64, 'Clips a row, or of --diagnose.', lower_bound=1)
   flags.DEFINE_enum(
@@ -407,7 +394,11 @@ def diagnose(args: flags.FlagValues) -> None:
 
 
 def _texts(args: flags.FlagValues) -> list[str]:
-  """The first --clips prompts of the file --prompts."""
+  """The first --clips prompts of the file --prompts.
+
+  Raises:
+    InputError: a file that cannot be read, or a split besides.
+  """
   if args['split'].present:
     raise InputError(
       '--split chooses captions of the nano world: leave it out, or --prompts, which come instead.'
@@ -426,8 +417,8 @@ def _student(args: flags.FlagValues) -> tuple[ConfigDict, Recipe, Callable[[], P
   config, rec = loading.described(path, None if own else args.config)
   if own and given:
     config, rec = args.config, _other_recipe(args, rec)
-    return config, rec, lambda: student_of(path, rec)
-  return config, rec, lambda: weights.load(path, 'dit', rec.model)
+    return config, rec, lambda: loading.student_of(path, rec)
+  return config, rec, lambda: weights.load_narrowed(path, 'dit', rec.model)
 
 
 def _other_recipe(args: flags.FlagValues, own: Recipe) -> Recipe:

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt8
 from ml_collections import ConfigDict
 
-from salt_jax import images, places, recipe, tensor_files, video, weights
+from salt_jax import convert, images, places, recipe, tensor_files, video, weights
 from salt_jax.checks import FEW_STEP
 from salt_jax.errors import InputError
 from salt_jax.models import wan
@@ -25,7 +25,7 @@ def load(path: str, given: ConfigDict | None = None) -> tuple[ConfigDict, Recipe
     InputError: nothing there, damaged, or of a stage without a few-step student.
   """
   config, rec = described(path, given)
-  return config, rec, weights.load(path, 'dit', rec.model)
+  return config, rec, weights.load_narrowed(path, 'dit', rec.model)
 
 
 def described(path: str, given: ConfigDict | None = None) -> tuple[ConfigDict, Recipe]:
@@ -41,6 +41,20 @@ def described(path: str, given: ConfigDict | None = None) -> tuple[ConfigDict, R
   if path.startswith('assets:'):
     config.weights.update(weights.shipped(config.weights))
   return config, _student_recipe(config, path)
+
+
+def student_of(path: str, rec: Recipe) -> PyTree:
+  """The student of a run or an exported file, for the networks of `rec`.
+
+  Raises:
+    InputError: nothing there, damaged, or of another size.
+  """
+  own = described(path)[1]
+  try:
+    convert.check(*(weights.shapes('dit', one.model) for one in (own, rec)))
+  except InputError as error:
+    raise InputError(f'--checkpoint={path} and --config do not fit: {error}') from None
+  return weights.load_narrowed(path, 'dit', rec.model)
 
 
 def describes_itself(path: str) -> bool:
@@ -132,11 +146,11 @@ def load_teacher(
   rec = recipe.build(config)
   if folder:
     networks = {'dit': rec.model, 'umt5': rec.text}
-    dit, text = (weights.load(path, network, cfg) for network, cfg in networks.items())
+    dit, text = (weights.load_narrowed(path, network, cfg) for network, cfg in networks.items())
     return config, rec, rec.model, {'dit': dit, 'text': text}
   if not path.startswith('assets:'):
     config.weights.text = _text_beside(path)
-  networks = {'dit': weights.load(path, 'dit', rec.model)}
+  networks = {'dit': weights.load_narrowed(path, 'dit', rec.model)}
   return config, rec, rec.model, networks
 
 
@@ -157,7 +171,7 @@ def _published(path: str, config: ConfigDict):
     raise InputError(f'{config.name} has no DiT: pass the --config of a teacher or a student.')
   for cfg in sizes:
     try:
-      return config, rec, cfg, {'dit': weights.load(path, 'dit', cfg)}
+      return config, rec, cfg, {'dit': weights.load_narrowed(path, 'dit', cfg)}
     except InputError as refused:
       error = refused
   raise error

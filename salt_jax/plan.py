@@ -5,9 +5,9 @@
   python -m salt_jax.plan --table=plans
 
 Networks and batches are shapes alone: nothing is read, and nothing is allocated. Several slices are 2xv5p-128. A slice
-is taken with the mesh of the config; --smallest tries the slices of a generation, smallest first, and where the batch
-has fewer clips than there are devices it splits each clip over the context axis. --table writes what --json left in a
-folder as Markdown.
+is taken with the mesh of the config; --smallest tries the slices of a generation, smallest first (--smallest=v6e-64:
+from that one on), and where the batch has fewer clips than there are devices it splits each clip over the context axis.
+--table writes what --json left in a folder as Markdown.
 """
 
 import dataclasses
@@ -37,7 +37,9 @@ def define_flags() -> None:
   cli.define_config('Experiment, such as configs/selfforcing.py.')
   flags.DEFINE_string('slice', None, 'TPU slice, such as v5p-128, v6e-64, tpu7x-64 or 2xv5p-128.')
   flags.DEFINE_string(
-    'smallest', None, 'Generation whose smallest slice to find: v4, v5e, v5p, v6e or tpu7x.'
+    'smallest',
+    None,
+    'Generation whose smallest slice to find, v4, v5e, v5p, v6e or tpu7x; or the slice to begin with.',
   )
   flags.DEFINE_list(
     'programs', [], f'Which to compile, of {",".join(lowered.NAMES)}; all by default.'
@@ -77,9 +79,9 @@ def plan(config: ConfigDict, slice_: Slice, names: tuple[str, ...] = ()) -> list
 
 
 def smallest(
-  config: ConfigDict, generation: str, names: tuple[str, ...] = ()
+  config: ConfigDict, word: str, names: tuple[str, ...] = ()
 ) -> tuple[ConfigDict, Slice, list[Report], list[dict]]:
-  """The smallest slice of a generation that everything fits on, by trying them in order.
+  """The smallest slice that everything fits on, by trying those of `slices.candidates` in order.
 
   Returns:
     (the config with the mesh of that slice, the slice, its reports, what did not fit before it).
@@ -88,7 +90,8 @@ def smallest(
     InputError: nothing fits.
   """
   failed = []
-  for slice_ in slices.every(generation):
+  tried = slices.candidates(word)
+  for slice_ in tried:
     sized = meshed(config, slice_)
     try:
       made = plan(sized, slice_, names)
@@ -105,7 +108,7 @@ def smallest(
     )
     log.info('%s', _too_much(slice_, last))
   raise InputError(
-    f'{config.name} fits no {generation} slice of up to {slices.every(generation)[-1].chips} chips: '
+    f'{config.name} fits no {tried[-1].generation.name} slice of up to {tried[-1].chips} chips: '
     f'{failed[-1].get("change") or failed[-1].get("why")}'
   )
 

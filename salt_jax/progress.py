@@ -61,6 +61,11 @@ class Progress:
     """Whether nothing was measured yet."""
     return not self._started
 
+  @property
+  def is_waiting(self) -> bool:
+    """Whether the clock of the rate waits for the end of a step to start from."""
+    return self._mark is None
+
   def announce(self, costs: Mapping[str, float]) -> None:
     """Says what a clip costs in each step, and what MFU is a share of.
 

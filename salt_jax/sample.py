@@ -61,7 +61,8 @@ def keys(rec: Recipe, index: Int[Array, 'b']) -> Key[Array, 'b']:
   return flow.example_keys(jax.random.key(rec.seed + 1), index)
 
 
-def _prompts(frozen: PyTree, batch: tuple, rec: Recipe) -> tuple[Prompt, Prompt]:
+def encoded(frozen: PyTree, batch: tuple, rec: Recipe) -> tuple[Prompt, Prompt]:
+  """(prompts, unconditional prompts) of a batch of a Sampler."""
   names = ('ids', 'mask', 'index', 'condition', 'image')
   return conditioning(frozen, dict(zip(names, batch, strict=False)), rec)
 
@@ -71,7 +72,7 @@ def few_step(rec: Recipe) -> Callable[..., Float[Array, 'b f h w c']]:
 
   def run(params, frozen, sigmas, exit_step, batch):
     plan = rollout.student_plan(rec.chunking, sigmas, exit_step)
-    text, _ = _prompts(frozen, batch, rec)
+    text, _ = encoded(frozen, batch, rec)
     return rollout.rollout(wan.bind(rec.model), params, keys(rec, batch[2]), text, plan).x0
 
   return run
@@ -106,7 +107,7 @@ def teacher(
 
     @jax.jit
     def run(params, frozen, batch):
-      texts = _prompts(frozen, batch, rec)
+      texts = encoded(frozen, batch, rec)
       noise = flow.frame_noise(keys(rec, batch[2]), jnp.arange(shape[0]), 0, tuple(shape[1:]))
       return solvers.euler_sample(wan.bind(cfg), params, noise, texts, sigmas, guidance)
 
@@ -142,7 +143,7 @@ def autoregressive(
     def run(params, frozen, batch):
       both = jnp.concatenate([keys(rec, batch[2])] * 2)
       plan = recipe.full_plan(rec, steps)
-      texts = flow.paired(*_prompts(frozen, batch, rec))
+      texts = flow.paired(*encoded(frozen, batch, rec))
       return rollout.rollout(guided, params, both, texts, plan).x0[: len(batch[0])]
 
     return lambda *batch: run(params, frozen, batch)
@@ -181,7 +182,7 @@ def stream(
   """
   index, chunking = batch[2], rec.chunking
   plan, apply = recipe.full_plan(rec, steps), wan.bind(rec.model)
-  encode = jax.jit(lambda f, b: _prompts(f, b, rec)[0])
+  encode = jax.jit(lambda f, b: encoded(f, b, rec)[0])
   text = encode(frozen, tuple(batch))
   cache = streaming.empty_cache(chunking, len(index))
   noise, shape, features = keys(rec, index), chunking.latent, {}

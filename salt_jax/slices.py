@@ -126,6 +126,20 @@ def every(generation: str) -> list[Slice]:
   return [Slice(found, layout) for layout in found.layouts]
 
 
+def candidates(word: str) -> list[Slice]:
+  """Slices to try, smallest first: all of a generation, or those from a slice on.
+
+  Raises:
+    InputError: an unknown generation or slice, or several slices.
+  """
+  if '-' not in word:
+    return every(word)
+  first = parse(word)
+  if first.count > 1:
+    raise InputError(f'--smallest={word} is several slices: begin with one.')
+  return [s for s in every(first.generation.name) if s.chips >= first.chips]
+
+
 def parse(name: str) -> Slice:
   """The slice of a name: v5p-64, or 2xv5p-64 for two of them.
 

@@ -19,7 +19,6 @@ from salt_jax.models import wan
 from salt_jax.models.prompt import Prompt
 from salt_jax.recipe import Recipe
 from salt_jax.sharding import over_local_devices
-from salt_jax.step import conditioning
 
 _roll = jax.jit(rollout.rollout, static_argnums=0)
 
@@ -179,11 +178,6 @@ def subject(
   """
   frozen = stages.serving(config, rec, 'text', 'vae')
   mesh, params, frozen = sample.placed(config, rec.model, params, frozen)
-  names = 'ids', 'mask', 'index', 'condition', 'image'
-
-  def encode(frozen, batch):
-    return conditioning(frozen, dict(zip(names, batch, strict=False)), rec)[0]
-
   devices = mesh.size
   most = -(-len(asked.captions) // devices)
   return Subject(
@@ -194,6 +188,6 @@ def subject(
     frozen=frozen,
     mesh=mesh,
     asked=asked,
-    encode=jax.jit(encode),
+    encode=jax.jit(lambda frozen, batch: sample.encoded(frozen, batch, rec)[0]),
     size=(size or most) * devices,
   )

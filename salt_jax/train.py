@@ -159,6 +159,9 @@ def _run(config: ConfigDict, rec, mesh, workdir: str, outside: tuple) -> dict[st
       # The scalars of the step before are read only now, so the host never holds up the device.
       flush()
       waiting, notices.saving = (n + 1, scalars, spent), True
+      if progress.is_waiting:  # the clock starts at the end of this step, not behind the next
+        flush()
+        waiting = None
       if (n + 1) % config.checkpoint.every == 0 or n + 1 == config.total_steps:
         flush()
         waiting = None
@@ -268,6 +271,8 @@ def _log(waiting, config, checkpoints, writer, progress) -> None:
       k: v for k, v in scalars.items() if 'loss' in k or k.endswith('grad_norm') or 'active' in k
     }
     log.info('%s', progress.line(step, measured, shown))
+  elif progress.is_waiting:
+    progress.restart(step, spent)
 
 
 def _finish(config: ConfigDict, rec, state: states.TrainState, workdir: str) -> None:

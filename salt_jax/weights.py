@@ -114,7 +114,7 @@ def narrowed(params: PyTree, dtype: str) -> PyTree:
   Norms, biases, modulation, and the kernels that a DiT computes with in float32, stay as they are.
   """
   return jax.tree_util.tree_map_with_path(
-    lambda keys, x: x.astype(dtype) if _narrow(keys) else x, params
+    lambda keys, x: x.astype(dtype, copy=False) if _narrow(keys) else x, params
   )
 
 

@@ -1,4 +1,4 @@
-"""Random weights under Wan's names, a tokenizer and prompts: a config of a real size runs with nothing downloaded.
+"""Random weights under Wan's names, a tokenizer and prompts: text to video at a real size with nothing downloaded.
 
   python -m tests.rehearsal --config=configs/selfforcing.py
   python -m salt_jax.main --config=configs/selfforcing.py --config.total_steps=4 --workdir=/tmp/rehearsal
@@ -15,10 +15,12 @@ from concurrent import futures
 
 import ml_dtypes
 import numpy as np
-from absl import app, flags
+from absl import flags
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from salt_jax import cli, convert, recipe, tensor_files, weights
+from salt_jax.errors import InputError
+from salt_jax.models import unigram
 from salt_jax.tensor_files import Tensor
 
 PROMPTS = ('a cat walks on wet grass', 'waves break at night', 'a red kite over a field', 'steam')
@@ -66,8 +68,16 @@ def write_tokenizer(folder: str, size: int) -> None:
   made.save(os.path.join(folder, 'tokenizer.json'))
 
 
-def main(_) -> None:
+def define_flags() -> None:
+  cli.define_config('Experiment whose files to make up, such as configs/selfforcing.py.')
+
+
+def program() -> None:
   config = flags.FLAGS.config
+  if config is None or config.size == 'nano':
+    raise InputError(
+      'pass an experiment of a real size, such as --config=configs/selfforcing.py: nano has files of its own.'
+    )
   rec, files = recipe.build(config), config.weights
   sizes = {'vae': rec.vae, 'text': rec.text, 'clip': rec.clip, 'teacher': rec.teacher}
   sizes |= dict.fromkeys(('init', 'critic'), rec.model)
@@ -81,7 +91,7 @@ def main(_) -> None:
     for done in [pool.submit(write_network, *item, sizes[item[1]]) for item in missing.items()]:
       done.result()
   print('\n'.join(f'wrote {path}' for path in missing), flush=True)
-  if not os.path.exists(files.tokenizer):
+  if not unigram.find(files.tokenizer):
     write_tokenizer(files.tokenizer, rec.text.vocab)
   if config.data.kind == 'prompts' and not os.path.exists(config.data.path):
     with open(config.data.path, 'w', encoding='utf-8') as file:
@@ -89,5 +99,4 @@ def main(_) -> None:
 
 
 if __name__ == '__main__':
-  cli.define_config('Experiment whose files to make up, such as configs/selfforcing.py.')
-  app.run(main)
+  cli.run(program, define_flags)

@@ -92,3 +92,9 @@ def test_slices_that_data_does_not_go_over_are_refused():
   devices = slices.devices(slices.parse('2xv5p-8'))
   with pytest.raises(InputError, match='cannot be laid over 2 slices: make data a multiple of 2.'):
     sharding.make_mesh(ONE | {'fsdp': -1}, devices)
+
+
+def test_a_search_may_begin_at_a_slice():
+  assert slices.candidates('v6e') == slices.every('v6e')
+  names = [slice_.name for slice_ in slices.candidates('v6e-64')]
+  assert names == ['v6e-64', 'v6e-128', 'v6e-256']

@@ -112,6 +112,8 @@ WRONG_COMMANDS = {
       [NANO, '--smallest=h100'],
       'the TPU generation "h100" is unknown: choose one of v4, v5e, v5p, v6e, tpu7x.',
     ),
+    ([NANO, '--smallest=v6e-60'], 'the slice "v6e-60" is unknown: the nearest are v6e-64,'),
+    ([NANO, '--smallest=2xv6e-64'], '--smallest=2xv6e-64 is several slices: begin with one.'),
     (
       [NANO, '--slice=v5p-8', '--config.mesh.data=3'],
       'does not make up 4 devices: the product of the sizes',

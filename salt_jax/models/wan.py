@@ -424,6 +424,7 @@ def features(
   return apply(cut, x, t, prompt, Clip(taps=(layer,)), short)[1].taps[layer]
 
 
+@functools.cache  # one function a size, which jitted programs know again
 def bind(cfg: WanConfig) -> Callable:
   """`apply` with the sizes filled in: the function that rollouts and losses are given."""
   return functools.partial(apply, cfg=cfg)

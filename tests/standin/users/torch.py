@@ -1,3 +1,3 @@
-"""Programs that tests start run as they do for users, who have no torch."""
+"""Programs that `tests.processes` starts run as they do for users, who have no torch."""
 
-raise ImportError('torch is hidden from the programs that tests start')
+raise ModuleNotFoundError("No module named 'torch'", name='torch')
