@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from salt_jax import compiled, flops
+from salt_jax import compiled, flops, train
 from salt_jax.errors import InputError
 from salt_jax.progress import Progress, memory
 
@@ -53,6 +53,28 @@ def test_the_first_step_is_told_apart_from_the_rate():
     'step 121/400  2 step/s  left 2m20s  loss 0.1235'
   )
   assert progress.line(126, progress.measure(126), {}) == 'step 126/400  2 s/step  left 9m08s'
+
+
+def test_a_clock_that_waits_starts_at_the_end_of_the_next_step(caplog):
+  """Whether that step is due to have a line or not; a compilation stops it."""
+  progress = _progress([0.0, 5.0, 6.0, 9.0, 10.0, 20.0])
+  files = types.SimpleNamespace(write=lambda *_: None, write_timing=lambda *_: None)
+  saved = types.SimpleNamespace(latest_step=lambda: None, folder='there')
+  config = types.SimpleNamespace(log=types.SimpleNamespace(every=10), total_steps=400)
+
+  def log(step):
+    train._log((step, {}, 0.0), config, saved, files, progress)
+
+  assert progress.is_waiting
+  log(1)
+  assert not progress.is_waiting
+  with progress.compiling('critic'):
+    pass
+  assert progress.is_waiting
+  log(2)
+  assert not progress.is_waiting and 'step 2/' not in caplog.text
+  log(10)
+  assert caplog.messages[-1] == 'step 10/400  1.25 s/step  left 8m08s'
 
 
 def test_mfu_is_of_the_named_peak_of_all_devices(caplog):
