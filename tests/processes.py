@@ -22,8 +22,7 @@ HEARTBEAT = 5  # seconds, the least that is allowed
 def devices_of(count: int) -> dict[str, str]:
   """What gives a child so many CPU devices."""
   flags = f'--xla_force_host_platform_device_count={count} {FAST}'
-  paths = filter(None, (USERS, str(ROOT), os.environ.get('PYTHONPATH')))
-  return {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': os.pathsep.join(paths)}
+  return {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
 
 
 def environment(devices: int = 1, **changes: str) -> dict[str, str]:
@@ -32,6 +31,7 @@ def environment(devices: int = 1, **changes: str) -> dict[str, str]:
     **devices_of(devices),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.1',
     'TF_CPP_MIN_LOG_LEVEL': '1',
+    'PYTHONPATH': os.pathsep.join(filter(None, (USERS, str(ROOT), os.environ.get('PYTHONPATH')))),
     **changes,
   }
 

@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from configs import selfforcing
-from salt_jax import convert, evaluate, recipe, sample, train, weights
+from salt_jax import convert, loading, recipe, sample, train, weights
 from salt_jax.checkpoint import write_config
 from salt_jax.errors import InputError
 from tests import tiny_config
@@ -170,4 +170,4 @@ def test_a_checkpoint_of_another_size_is_refused(run_of_two, tmp_path):
 
 def test_a_student_of_another_size_is_not_judged(run_of_two):
   with pytest.raises(InputError, match='--config do not fit: a checkpoint of another size'):
-    evaluate.student_of(str(run_of_two[0]), recipe.build(selfforcing.get_config('nano')))
+    loading.student_of(str(run_of_two[0]), recipe.build(selfforcing.get_config('nano')))

@@ -424,10 +424,19 @@ def features(
   return apply(cut, x, t, prompt, Clip(taps=(layer,)), short)[1].taps[layer]
 
 
-@functools.cache  # one function a size, which jitted programs know again
+@dataclasses.dataclass(frozen=True)
+class _Bound:
+  """A function of the sizes `cfg`; equal sizes are equal functions, which jitted programs know again."""
+
+  cfg: WanConfig
+
+  def __call__(self, params, x, t, prompt, ctx):
+    return apply(params, x, t, prompt, ctx, self.cfg)
+
+
 def bind(cfg: WanConfig) -> Callable:
   """`apply` with the sizes filled in: the function that rollouts and losses are given."""
-  return functools.partial(apply, cfg=cfg)
+  return _Bound(cfg)
 
 
 def init_params(key: PRNGKeyArray, cfg: WanConfig) -> dict:

@@ -1,3 +1,3 @@
-"""Programs that `tests.processes` starts run as they do for users, who have no torch."""
+"""Hosts that `tests.processes` starts run as they do for users, who have no torch."""
 
 raise ModuleNotFoundError("No module named 'torch'", name='torch')
