@@ -109,9 +109,9 @@ def test_a_lost_host_ends_the_other_and_a_restart_ends_in_the_same_bits(weights,
 
 
 def test_a_short_soak(weights, one, tmp_path):
-  """What python -m tests.soak does with fifty kills, with three: behind a save, starting, in a save."""
+  """What python -m tests.soak does with fifty kills, with two: in a save and while it starts."""
   shutil.copytree(one, tmp_path / 'whole')
-  words = ['--kills=3', '--seed=38', '--devices=2', f'--folder={tmp_path}', '--']
+  words = ['--kills=2', '--seed=23', '--devices=2', f'--folder={tmp_path}', '--']
   command = _command(weights, '')
   words += [word for word in command[2:] if not word.startswith('--workdir')]
   with pytest.raises(SystemExit) as left:

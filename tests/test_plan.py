@@ -176,7 +176,7 @@ def test_nothing_that_fits_is_said_in_a_sentence(folder, monkeypatch):
   with pytest.raises(
     InputError, match='fits no v5e slice of up to 256 chips: take a larger slice.'
   ):
-    plan.smallest(config, 'v5e')
+    plan.smallest(config, 'v5e-128')
 
 
 def test_a_mesh_that_does_not_divide_is_refused_before_anything_is_compiled(monkeypatch):

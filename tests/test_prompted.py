@@ -211,6 +211,7 @@ def test_each_has_a_picture(found):
       assert picture.width > 300 and len(colours) > 20, 'the picture is blank'
 
 
+@pytest.mark.slow
 def test_four_devices_find_what_one_does(world, found, tmp_path):
   """Three prompts fill a batch of four; each device holds a quarter of all parameters."""
   _, _, _, path, prompts = world

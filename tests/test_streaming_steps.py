@@ -164,6 +164,7 @@ def test_the_boundary_may_be_the_latent_itself_without_a_vae(folder):
   np.testing.assert_array_equal(got, z[:, NEW : NEW + 1])
 
 
+@pytest.mark.slow
 def test_frame_wise_streams(folder):
   """Three given chunks of one frame, then three new ones."""
   config = tiny_config.get_streaming(folder)
