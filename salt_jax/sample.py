@@ -291,10 +291,8 @@ def generator(
   stages.tokenizer(config, rec)(list(prompts))
   given_image = () if image is None else _given(config, rec, first, image)
   frozen = stages.serving(config, rec, *names)
-  frozen |= {
-    'text': weights.narrowed(networks.get('text', frozen.get('text')), rec.text.dtype)
-  } | _negative(args, config, rec)
-  mesh, params, frozen = placed(config, cfg, networks['dit'], frozen)
+  frozen |= {'text': networks.get('text', frozen.get('text'))} | _negative(args, config, rec)
+  mesh, params, frozen = placed(config, networks['dit'], frozen)
   if many:
     chosen = teacher_model.settings(args, config)
     run = teacher_model.sampler(rec, cfg, frozen, recipe.latent_shape(config))(params, chosen)
@@ -307,13 +305,11 @@ def generator(
   return Generator(config, rec, made, draw, protocol)
 
 
-def placed(
-  config: ConfigDict, cfg: wan.WanConfig, params: PyTree, frozen: dict
-) -> tuple[Mesh, PyTree, dict]:
+def placed(config: ConfigDict, params: PyTree, frozen: dict) -> tuple[Mesh, PyTree, dict]:
   """A mesh of this process's devices, and over it a DiT and what serves it, by the config's rules but the VAE whole."""
   mesh = sharding.local_mesh(config.mesh)
   rest = {name: x for name, x in frozen.items() if name != 'vae'}
-  given = rest | {'generator': weights.narrowed(params, cfg.dtype)}
+  given = rest | {'generator': params}
   split = sharding.split_locally(given, mesh, config.rules, config.shard_min_size)
   vae = jax.device_put(frozen['vae'], sharding.replicated(mesh))
   return mesh, split.pop('generator'), split | {'vae': vae}
@@ -412,7 +408,7 @@ def _stream(args: flags.FlagValues) -> None:
   if image is not None:
     config, rec, first = fitted(config, rec, image)
   frozen = stages.serving(config, rec, 'text', 'vae')
-  mesh, params, frozen = placed(config, rec.model, params, frozen)
+  mesh, params, frozen = placed(config, params, frozen)
   ids, mask = stages.tokenizer(config, rec)(list(args.prompt))
   switches = [
     Switch(frame, ids[i : i + 1], mask[i : i + 1], args.global_sink)

@@ -177,7 +177,7 @@ def subject(
     InputError: text encoder or VAE are not there.
   """
   frozen = stages.serving(config, rec, 'text', 'vae')
-  mesh, params, frozen = sample.placed(config, rec.model, params, frozen)
+  mesh, params, frozen = sample.placed(config, params, frozen)
   devices = mesh.size
   most = -(-len(asked.captions) // devices)
   return Subject(

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import sentencepiece
 from PIL import Image
 
 from salt_jax import (
@@ -45,18 +44,7 @@ ASKED = '--diagnose=defect,cache,drift'
 def world(tmp_path_factory):
   """(folder, config, recipe, exported student, file of four prompts) of random tiny networks."""
   folder = tmp_path_factory.mktemp('wan')
-  sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(['a cat walks on the grass, slowly', '色调艳丽,过曝,静态,画面'] * 30),
-    model_prefix=str(folder / 'spiece'),
-    vocab_size=300,
-    hard_vocab_limit=False,
-    pad_id=0,
-    eos_id=1,
-    unk_id=2,
-    bos_id=-1,
-    num_threads=1,
-    minloglevel=2,
-  )
+  tiny_config.write_tokenizer(folder)
   tiny_config.write_weights(str(folder), wan_like=True)
   config = tiny_config.get_wan(str(folder))
   rec = recipe.build(config)

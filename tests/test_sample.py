@@ -52,7 +52,7 @@ def test_a_stream_equals_the_whole_clip(world, window):
 def drawn(config, networks, frozen):
   """Clips 0, 1 and 7 of a teacher in two steps, and the share of its parameters on the first device."""
   rec = recipe.build(config)
-  mesh, params, placed = sample.placed(config, rec.teacher, networks, frozen)
+  mesh, params, placed = sample.placed(config, networks, frozen)
   chosen = teacher.Settings('euler', 2, 5.0, 3.0)
   shape = recipe.latent_shape(config)
   run = teacher.sampler(rec, rec.teacher, placed, shape)(params, chosen)

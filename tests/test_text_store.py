@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-import sentencepiece
 from absl import flags
 
 from configs import selfforcing
@@ -138,18 +137,7 @@ def test_the_encoder_is_not_among_the_frozen_networks(world, tmp_path):
 def real(tmp_path_factory):
   """A config of a real size with a tiny encoder and a tiny tokenizer in files."""
   folder = tmp_path_factory.mktemp('real')
-  sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(['a cat walks on the grass, slowly', '色调艳丽,过曝,静态,画面'] * 30),
-    model_prefix=str(folder / 'spiece'),
-    vocab_size=300,
-    hard_vocab_limit=False,
-    pad_id=0,
-    eos_id=1,
-    unk_id=2,
-    bos_id=-1,
-    num_threads=1,
-    minloglevel=2,
-  )
+  tiny_config.write_tokenizer(folder)
   config = selfforcing.get_config('1.3b')
   config.text.update(vocab=256, dim=64, dim_attn=64, heads=4, ffn_dim=32, layers=2)
   for name in ('model', 'teacher'):

@@ -128,6 +128,24 @@ def _write(folder, name, cfg, seed):
   convert.save_params(os.path.join(folder, f'{name}.safetensors'), params, network)
 
 
+def write_tokenizer(folder):
+  """A `spiece.model` of some English and Chinese with UMT5's symbols at their places."""
+  import sentencepiece  # children that read configs alone need none
+
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter(['a cat walks on the grass, slowly', '色调艳丽,过曝,静态,画面'] * 30),
+    model_prefix=os.path.join(folder, 'spiece'),
+    vocab_size=300,
+    hard_vocab_limit=False,
+    pad_id=0,
+    eos_id=1,
+    unk_id=2,
+    bos_id=-1,
+    num_threads=1,
+    minloglevel=2,
+  )
+
+
 def write_weights(folder, i2v=False, tower=False, wan_like=False):
   """Random networks in files, as a stage expects them."""
   config = get_tower(folder) if tower else get_i2v(folder) if i2v else get_config(folder)
