@@ -8,17 +8,22 @@ import jax
 import numpy as np
 import pytest
 
-from salt_jax import checkpoint, convert, run_weights, weights
+from salt_jax import checkpoint, convert, loading, recipe, run_weights, weights
 from salt_jax.errors import InputError
 from salt_jax.leaves import Leaf
 from salt_jax.tensor_files import Tensor, held
-from tests import tiny
+from tests import tiny, tiny_config
 
 PARAMS = tiny.params()
 
 
 def same(tree, other):
   jax.tree.map(np.testing.assert_array_equal, tree, other)
+
+
+def zeros(config):
+  shapes = weights.shapes('dit', recipe.build(config).model)
+  return jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
 
 
 def on_device(tree):
@@ -78,6 +83,16 @@ def test_what_is_read_narrow_is_what_narrowing_makes(tmp_path, stored):
   assert {x.dtype.name for x in jax.tree.leaves(found)} == {'float32', 'bfloat16'}
   assert jax.tree.map(lambda x: x.dtype, found) == jax.tree.map(lambda x: x.dtype, wanted)
   same(found, wanted)
+
+
+def test_a_student_is_read_as_its_judge_computes(tmp_path):
+  """Not as it was trained: in bfloat16, say, for a table of float32."""
+  config = tiny_config.get_config(str(tmp_path))
+  config.model.dtype = 'bfloat16'
+  path = weights.export(str(tmp_path), 'generator', zeros(config), config)
+  config.model.dtype = 'float32'
+  found = loading.student_of(path, recipe.build(config))
+  assert {x.dtype.name for x in jax.tree.leaves(found)} == {'float32'}
 
 
 def test_few_layers_are_in_memory_at_once(tmp_path):

@@ -352,6 +352,15 @@ def test_features_are_the_tap_of_the_whole_network_and_run_nothing_behind_it():
   assert loop.params['length'] == layer + 1
 
 
+def test_one_program_serves_equal_sizes():
+  """Functions of equal sizes are one static argument; those of others are another."""
+  traced = []
+  run = jax.jit(lambda apply, x: traced.append(apply) or x, static_argnums=0)
+  for cfg in (tiny.WAN, dataclasses.replace(tiny.WAN), dataclasses.replace(tiny.WAN, layers=1)):
+    run(wan.bind(cfg), 0.0)
+  assert len(traced) == 2
+
+
 def test_narrowed_parameters_make_the_same_bits():
   """What a sampler keeps narrow, the model would have rounded itself; time and head stay wide."""
   cfg = dataclasses.replace(tiny.WAN, dtype='bfloat16')
