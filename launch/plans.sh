@@ -3,7 +3,8 @@
 #
 #   launch/plans.sh [FOLDER]    (launch/plans by default)
 #
-# A row takes minutes to an hour on two cores. Rows that are in the folder already are kept.
+# A row takes minutes to an hour on two cores. Rows that are in the folder already are kept, and so is what a search that
+# was cut off found, in FOLDER/kept.
 set -euo pipefail
 
 folder=${1:-launch/plans}
@@ -26,7 +27,7 @@ for config in "${configs[@]}"; do
   for generation in v5p v6e v5e tpu7x; do
     file="$folder/$(tr -c 'a-z0-9.\n' '-' <<< "${config/.py/}")-$generation.json"
     if [[ ! -e $file ]]; then
-      "$python" -m salt_jax.plan --config="configs/$config" --smallest="$generation" --json="$file" \
+      "$python" -m salt_jax.plan --config="configs/$config" --smallest="$generation" --kept="$folder/kept" --json="$file" \
         || echo "no row for $config on $generation" >&2
     fi
   done

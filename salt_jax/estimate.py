@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from salt_jax import flops, hlo, lowered
+from salt_jax import flops, hlo, kept, lowered
 from salt_jax.slices import GIB, Slice
 
 # Of peak FLOP/s in the likely time: what MaxDiffusion reports for training Wan 2.1 14B on v5p (135.9 of 459 TFLOP/s).
@@ -77,32 +77,67 @@ class Report:
   change: str = ''
 
 
-def report(program: lowered.Program, config: ConfigDict, mesh: Mesh, slice_: Slice) -> Report:
+def report(
+  program: lowered.Program,
+  config: ConfigDict,
+  mesh: Mesh,
+  slice_: Slice,
+  reports: kept.Reports | None = None,
+) -> Report:
   """Compiles a program and says what it needs; one that does not fit is a report too.
+
+  Args:
+    program: the program.
+    config: what it is of.
+    mesh: its devices.
+    slice_: what these are.
+    reports: earlier ones, of which an equal program's is taken; a new one is added.
 
   Raises:
     jax.errors.JaxRuntimeError: it cannot be compiled for another reason.
+    InputError: an earlier report is damaged.
   """
-  began, usage = time.monotonic(), _cpu()
   held = program.held
-  blank = _blank(program, mesh, slice_, held)
-  if held > slice_.generation.hbm:
-    change = _advice(config, program, mesh, held, held)
-    return dataclasses.replace(blank, change=change)
+  made = _blank(program, mesh, slice_, held)
+  if held <= slice_.generation.hbm:
+    made = _measured(made, program, slice_, reports)
+  if made.fits:
+    return made
+  return dataclasses.replace(made, change=_advice(config, program, mesh, held, made.needed))
+
+
+def _measured(blank: Report, program, slice_: Slice, reports: kept.Reports | None) -> Report:
+  """What the compiler says, or said of an equal program."""
+  began, usage = time.monotonic(), _cpu()
+  traced = program.lower()
+  if reports is None:
+    return _compiled(blank, program, traced, slice_, (began, usage))
+  key = kept.key(traced.as_text(), program.options, program.passes, slice_.name, blank)
+  if (found := reports.find(key)) is not None:
+    return of_json(found)
+  made = _compiled(blank, program, traced, slice_, (began, usage))
+  reports.keep(key, dataclasses.asdict(made))
+  return made
+
+
+def _compiled(blank: Report, program, traced, slice_: Slice, began: tuple[float, float]) -> Report:
+  def compiling():
+    return time.monotonic() - began[0], _cpu() - began[1]
+
   try:
-    done = lowered.compiled(program)
+    done = traced.compile()
   except jax.errors.JaxRuntimeError as error:
     needed = out_of_memory(str(error))
     if needed is None:
       raise
-    compiling = time.monotonic() - began, _cpu() - usage
-    change = _advice(config, program, mesh, held, needed)
-    return dataclasses.replace(blank, needed=needed, compiling=compiling, change=change)
-  compiling = time.monotonic() - began, _cpu() - usage
-  made = _filled(blank, program, done, slice_, compiling)
-  if made.fits:
-    return made
-  return dataclasses.replace(made, change=_advice(config, program, mesh, held, made.needed))
+    return dataclasses.replace(blank, needed=needed, compiling=compiling())
+  return _filled(blank, program, done, slice_, compiling())
+
+
+def of_json(row: dict) -> Report:
+  """A report that was written as `dataclasses.asdict` of it."""
+  seconds = row['seconds'] and Seconds(**row['seconds'])
+  return Report(**row | {'seconds': seconds, 'compiling': tuple(row['compiling'])})
 
 
 def _cpu() -> float:

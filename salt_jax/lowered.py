@@ -34,6 +34,7 @@ class Program(NamedTuple):
     steps: of an iteration of training; 0 if this is none of them.
     inputs: shapes of its arguments, with shardings.
     cache: bytes on a device of the keys and values that a rollout makes.
+    options: what the compiler is told besides.
   """
 
   name: str
@@ -46,6 +47,7 @@ class Program(NamedTuple):
   steps: int
   inputs: PyTree
   cache: float = 0.0
+  options: tuple[tuple[str, str], ...] = ()
 
   @property
   def held(self) -> float:
@@ -85,6 +87,7 @@ def _steps(config: ConfigDict, rec: Recipe, mesh: Mesh) -> dict[str, Program]:
   batch = _struct(what.batch, sharding.batch_sharding(mesh))
   n = _struct(jax.ShapeDtypeStruct((), np.int32), sharding.replicated(mesh))
   counts, inputs = flops.of_steps(config, rec), (like, frozen, batch, n)
+  told = programs.options(rec, mesh.devices.flat[0].device_kind)
   passes = 1.0 if rec.schedule is None else flops.mean_steps(rec.schedule) + rec.chunking.causal
 
   def lower(work):
@@ -106,6 +109,7 @@ def _steps(config: ConfigDict, rec: Recipe, mesh: Mesh) -> dict[str, Program]:
       len(what.work),
       inputs,
       _cache(rec, mesh, config.batch) if config.stage == 'selfforcing' else 0.0,
+      tuple(told.items()),
     )
     for work in what.work
   }
@@ -154,6 +158,7 @@ def _sample(config: ConfigDict, rec: Recipe, mesh: Mesh) -> Program:
     0,
     inputs,
     _cache(rec, mesh, clips),
+    tuple(options.items()),
   )
 
 
@@ -186,12 +191,3 @@ def resident(tree: PyTree) -> int:
     int(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64)) * x.dtype.itemsize
     for x in jax.tree.leaves(tree)
   )
-
-
-def compiled(program: Program) -> jax.stages.Compiled:
-  """Compiles a program for the devices of its arguments.
-
-  Raises:
-    jax.errors.JaxRuntimeError: it needs more memory than there is, or cannot be compiled.
-  """
-  return program.lower().compile()

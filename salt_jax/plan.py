@@ -7,12 +7,12 @@
 Networks and batches are shapes alone: nothing is read, and nothing is allocated. Several slices are 2xv5p-128. A slice
 is taken with the mesh of the config; --smallest tries the slices of a generation, smallest first (--smallest=v6e-64:
 from that one on), and where the batch has fewer clips than there are devices it splits each clip over the context axis.
---table writes what --json left in a folder as Markdown.
+--kept names a folder of what programs were found to need: equal ones are compiled once, and a search that was cut off goes
+on. --table writes what --json left in a folder as Markdown.
 """
 
 import dataclasses
 import glob
-import importlib.metadata
 import json
 import logging
 import math
@@ -23,7 +23,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from salt_jax import cli, estimate, lowered, recipe, sharding, slices
+from salt_jax import cli, estimate, kept, lowered, recipe, sharding, slices
 from salt_jax.checks import check_mesh
 from salt_jax.errors import InputError
 from salt_jax.estimate import REACHED, Report
@@ -47,16 +47,27 @@ def define_flags() -> None:
   flags.DEFINE_string(
     'json', None, 'File for the figures; of the same slice it keeps the programs that it has.'
   )
+  flags.DEFINE_string(
+    'kept',
+    None,
+    'Folder that keeps what each program was found to need, so that a search goes on where it was cut off.',
+  )
   flags.DEFINE_string('table', None, 'Folder of such files to make a Markdown table of.')
 
 
-def plan(config: ConfigDict, slice_: Slice, names: tuple[str, ...] = ()) -> list[Report]:
+def plan(
+  config: ConfigDict,
+  slice_: Slice,
+  names: tuple[str, ...] = (),
+  reports: kept.Reports | None = None,
+) -> list[Report]:
   """What the programs of a config need on a device of a slice; stops behind the first that does not fit.
 
   Args:
     config: the experiment.
     slice_: the slice.
     names: programs to compile; none named means all.
+    reports: where what was found is kept.
 
   Raises:
     InputError: a config, mesh or batch that cannot work, or an unknown program.
@@ -72,14 +83,17 @@ def plan(config: ConfigDict, slice_: Slice, names: tuple[str, ...] = ()) -> list
     )
   for name in names or found:
     log.info('%s: compiling %s …', slice_.name, name)
-    made.append(estimate.report(found[name], config, mesh, slice_))
+    made.append(estimate.report(found[name], config, mesh, slice_, reports))
     if not made[-1].fits:
       break
   return made
 
 
 def smallest(
-  config: ConfigDict, word: str, names: tuple[str, ...] = ()
+  config: ConfigDict,
+  word: str,
+  names: tuple[str, ...] = (),
+  reports: kept.Reports | None = None,
 ) -> tuple[ConfigDict, Slice, list[Report], list[dict]]:
   """The smallest slice that everything fits on, by trying those of `slices.candidates` in order.
 
@@ -94,7 +108,7 @@ def smallest(
   for slice_ in tried:
     sized = meshed(config, slice_)
     try:
-      made = plan(sized, slice_, names)
+      made = plan(sized, slice_, names, reports)
     except InputError as error:
       if sized.mesh.context == 1:
         raise
@@ -208,7 +222,7 @@ def record(config: ConfigDict, slice_: Slice, made: list[Report], failed: list[d
     'devices': slice_.devices,
     'mesh': dict(config.mesh),
     'batch': config.batch,
-    'versions': {name: importlib.metadata.version(name) for name in ('jax', 'libtpu')},
+    'versions': kept.versions(),
     'programs': rows,
     'smaller': failed,
   } | _verdict(rows)
@@ -327,12 +341,13 @@ def program() -> None:
     cli.check_folder('json', os.path.dirname(args.json))
   slices.prepare()
   config, failed, names = args.config, [], tuple(args.programs)
+  reports = kept.Reports(args.kept) if args.kept else None
   if args.slice:
     slice_ = slices.parse(args.slice)
     config = resolved(config, slice_)
-    made = plan(config, slice_, names)
+    made = plan(config, slice_, names, reports)
   else:
-    config, slice_, made, failed = smallest(config, args.smallest, names)
+    config, slice_, made, failed = smallest(config, args.smallest, names, reports)
   print(written(config, slice_, made))
   if args.json:
     found = merged(args.json, {'command': _experiment()} | record(config, slice_, made, failed))

@@ -171,7 +171,7 @@ def test_what_is_executed_is_what_the_formula_says(chunk, remat, folder):
   for name, program in lowered.of_config(config, rec, mesh, jax.devices()[:1]).items():
     if name not in ('generator', 'critic'):
       continue
-    found = _products(lowered.compiled(program).as_text(), program.passes) / config.batch
+    found = _products(program.lower().compile().as_text(), program.passes) / config.batch
     formula, again, _ = (sum(part[i] for part in program.parts) for i in (1, 2, 3))
     assert (again > 0) == remat
     assert 0.9 * formula < found <= 1.1 * formula + again, (name, found / formula)

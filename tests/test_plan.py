@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import dmd, selfforcing
-from salt_jax import estimate, flops, lowered, outline, plan, recipe, sharding, slices
+from salt_jax import estimate, flops, kept, lowered, outline, plan, recipe, sharding, slices
 from salt_jax.errors import InputError
 from tests import tiny_config
 from tests.test_sharding import ONE
@@ -44,11 +44,11 @@ def _program(size, held=1024):
   return lowered.Program('sample', lambda: jax.jit(f).lower(x), 4, 4, [], 1.0, 0, 0, x)
 
 
-def _reported(program):
+def _reported(program, reports=None, name='v5e-4'):
   config = selfforcing.get_config('nano')
-  slice_ = slices.parse('v5e-4')
+  slice_ = slices.parse(name)
   mesh = sharding.make_mesh(ONE | {'fsdp': -1}, slices.devices(slice_))
-  return estimate.report(program, config, mesh, slice_)
+  return estimate.report(program, config, mesh, slice_, reports)
 
 
 def test_a_program_that_needs_too_much_is_a_report():
@@ -105,6 +105,34 @@ def test_what_lies_on_the_device_is_counted_before_anything_is_compiled():
   assert 'networks and optimizer states alone take 32.0 GiB a device' in made.change
 
 
+@pytest.mark.parametrize('fits', [True, False])
+def test_an_equal_program_is_compiled_once(fits, tmp_path, monkeypatch):
+  compiled = []
+
+  def compiling(blank, program, traced, slice_, began):
+    compiled.append(program)
+    spent = estimate.Seconds(1.0, 2.0, 3.0, 3.0, 6.5)
+    made = dataclasses.replace(blank, fits=fits, needed=2.0**36, compiling=(3.0, 4.0))
+    return dataclasses.replace(made, seconds=spent if fits else None)
+
+  monkeypatch.setattr(estimate, '_compiled', compiling)
+  folder = str(tmp_path / 'kept')
+  first = _reported(_program(2**26), kept.Reports(folder))
+  again = _reported(_program(2**26), kept.Reports(folder))
+  assert len(compiled) == 1 and again == first and bool(first.change) == (not fits)
+  # Whatever a report rests on makes it another one.
+  one, told = _program(2**26), (('xla_tpu_scoped_vmem_limit_kib', '32768'),)
+  others = (one._replace(options=told), one._replace(passes=2.0), one._replace(clips=8))
+  for program in (_program(2**28), *others):
+    _reported(program, kept.Reports(folder))
+  _reported(one, kept.Reports(folder), 'v6e-4')
+  assert len(compiled) == 6
+  for path in (tmp_path / 'kept').iterdir():
+    path.write_text('{')
+  with pytest.raises(InputError, match='is no kept report .*: delete it'):
+    _reported(one, kept.Reports(folder))
+
+
 @pytest.mark.parametrize(
   'message, gib',
   [
@@ -138,7 +166,7 @@ def test_what_is_resident_is_what_shards_hold():
 # The program.
 
 
-def _fake(program, config, mesh, slice_):
+def _fake(program, config, mesh, slice_, reports):
   """Fits sixteen devices, unless the batch is large."""
   fits = mesh.size >= 16 > config.batch
   made = estimate._blank(program, mesh, slice_, 3 * 2**30)
