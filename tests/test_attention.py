@@ -101,7 +101,21 @@ def test_a_past_gets_a_gradient_if_it_is_live_and_none_if_not(kernel, live):
   assert all(bool(jnp.any(x)) == live for x in got[-2:])
 
 
-def test_blocks_without_a_trained_key_are_passed_over_by_the_gradient_to_keys():
+@pytest.fixture
+def computed(monkeypatch):
+  """Rows of blocks that the gradient to keys and values is told to compute."""
+  make, rows = splash.by_queries, []
+
+  def seen(*args):
+    table = make(*args)
+    rows.extend(table.compute[0].tolist())
+    return table
+
+  monkeypatch.setattr(splash, 'by_queries', seen)
+  return rows
+
+
+def test_blocks_without_a_trained_key_are_passed_over_by_the_gradient_to_keys(computed):
   """Blocks of 256: trained and seen; hidden; trained up to key 600; frozen; frozen and hidden.
 
   Of a block that is computed all keys get what they would get if nothing were frozen: `attend` alone drops it.
@@ -117,10 +131,11 @@ def test_blocks_without_a_trained_key_are_passed_over_by_the_gradient_to_keys():
   right, right_dq, *want = _value_and_grads(
     lambda q, k, v, kernel: attention.dense(q, k, v, valid), args, attention.DENSE
   )
-  computed = (at < 256) | (at // 256 == 2)
+  assert computed == [[1, 0, 1, 0, 0]] * 3
+  some = jnp.isin(at // 256, jnp.array([0, 2]))
   for one, other in zip(got, want, strict=True):
-    assert bool(jnp.any(other[:, 768:1024])) and not bool(jnp.any(one[:, ~computed]))
-  got, want = ([x[:, computed] for x in grads] for grads in (got, want))
+    assert bool(jnp.any(other[:, 768:1024])) and not bool(jnp.any(one[:, ~some]))
+  got, want = ([x[:, some] for x in grads] for grads in (got, want))
   for one, other in zip((out, dq, *got), (right, right_dq, *want), strict=True):
     np.testing.assert_allclose(one, other, atol=5e-6 * float(jnp.abs(other).max()), rtol=0)
 
@@ -163,6 +178,13 @@ def test_the_gradient_to_keys_computes_the_blocks_with_a_trained_key_and_no_othe
   for block in range(8):
     assert computed[0, :, block].tolist() == [block in blocks] * 3
     assert load[0, :, block].tolist() == ([0, 1, 2] if block in blocks else [0, 0, 0])
+
+
+@pytest.mark.parametrize('live, blocks', [(False, 2), (True, 4)])
+def test_a_chunk_behind_a_cache_has_the_gradient_to_its_own_keys_alone(computed, live, blocks):
+  """300 keys of its own and 600 before them, in blocks of 256."""
+  attention.attend_behind(_qkv(300, 300), (*_qkv(1, 600)[1:], None), SPLASH, live)
+  assert computed == [[1] * blocks + [0] * (4 - blocks)] * 3
 
 
 @pytest.mark.parametrize('kind', splash.BLOCKS)
