@@ -10,11 +10,13 @@ width d over l tokens that make p (query, key) pairs, with n rows of text and a 
 
 and embeddings and head once. A causal pass has the pairs that its chunks may see: hidden or empty slots of a cache do
 not count, whether or not a program multiplies them. Training through a pass takes three times the forward, of which a
-third is the forward itself; what is recomputed for the backward pass (remat) is told apart and is no part of MFU.
-All numbers are of one example.
+third is the forward itself, less what nobody needs: keys of a rollout's cache get no gradient, so that the backward
+pass makes two products of the pairs with them, not four (cuDNN makes four). What is recomputed for the backward pass
+(remat) is told apart and is no part of MFU. All numbers are of one example.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -113,6 +115,13 @@ def chunk_causal(
   return forward(cfg, frames, chunking.cache[1], pairs)
 
 
+def past(cfg: WanConfig, chunking: Chunking, start: int = 0) -> float:
+  """Of the same pass over a clip, the self-attention of all chunks to what lies before them."""
+  tokens, starts = chunking.cache[1], range(start, start + chunking.frames, chunking.chunk)
+  pairs = chunking.chunk * tokens**2 * sum(seen(chunking, at) for at in starts)
+  return float(4 * cfg.layers * pairs * cfg.dim)
+
+
 def rollout(
   cfg: WanConfig, chunking: Chunking, steps: float, start: int = 0, done: int = 0
 ) -> dict[str, float]:
@@ -170,19 +179,22 @@ def _served(name: str, *passes: Passes) -> Part:
   return Part(name, sum(sum(one.values()) for one in passes))
 
 
-def _trained(name: str, cfg: WanConfig, *passes: Passes, frozen: bool = False) -> Part:
+def _trained(
+  name: str, cfg: WanConfig, *passes: Passes, frozen: bool = False, behind: float = 0.0
+) -> Part:
   """Passes with a gradient: twice the forward on top, and with remat all blocks anew.
 
   Parameters that are frozen only hand the gradient on, though both sides of q k^T and of p v still get one; and
-  nobody asks for the end of the feed-forward anew, whose gate has no gradient then.
+  nobody asks for the end of the feed-forward anew, whose gate has no gradient then. Of `behind`, the attention to
+  keys of a cache, one side gets a gradient.
   """
   total = _served(name, *passes).flops
   attention, ffn = (sum(one[part] for one in passes) for part in ('self_attention', 'ffn'))
   blocks = sum(one[part] for one in passes for part in _BLOCK)
+  again, backward = blocks, 2 * total - behind
   if frozen:
-    again = (blocks - ffn / 2) if cfg.remat else 0.0
-    return Part(name, 2 * total + attention, again, total + attention)
-  return Part(name, 3 * total, blocks if cfg.remat else 0.0, 2 * total)
+    again, backward = blocks - ffn / 2, total + attention - behind
+  return Part(name, total + backward, again if cfg.remat else 0.0, backward)
 
 
 def _without_head(passes: Passes) -> Passes:
@@ -224,7 +236,7 @@ def generator_step(rec: Recipe, n: int | None = None) -> list[Part]:
   parts = [
     _texts(rec, 2),
     _rolled(rec),
-    _trained('student', rec.model, chunk_causal(rec.model, rec.chunking)),
+    _student(rec),
     *_scores(rec),
   ]
   if rec.consistency is not None:
@@ -251,6 +263,14 @@ def _rolled(rec: Recipe) -> Part:
   return _served('rollout', rollout(rec.model, rec.chunking, mean_steps(rec.schedule)))
 
 
+def _student(rec: Recipe, starts: Sequence[int] = (0,)) -> Part:
+  """Passes over the exits of all chunks at once, each behind the rollout's cache; clips at `starts`."""
+  cfg, chunking = rec.model, rec.chunking
+  passes = [chunk_causal(cfg, chunking, start) for start in starts]
+  behind = sum(past(cfg, chunking, start) for start in starts)
+  return _trained('student', cfg, *passes, behind=behind)
+
+
 def _scores(rec: Recipe) -> list[Part]:
   """Teacher with and without text, and critic."""
   teacher = _clip(rec.teacher, rec)
@@ -259,10 +279,12 @@ def _scores(rec: Recipe) -> list[Part]:
 
 def _consistency(rec: Recipe, n: int | None) -> Part:
   cfg, once = rec.triples, chunk_causal(rec.model, rec.chunking)
+  behind = past(rec.model, rec.chunking)
   awake = n is None or (cfg.first_step <= n and not 0 < cfg.last_step <= n)
   if rec.consistency.stop_grad == 'none':
     # An average has no gradient of its own.
-    part = _trained('consistency', rec.model, once, frozen=rec.consistency.target == 'ema')
+    average = rec.consistency.target == 'ema'
+    part = _trained('consistency', rec.model, once, frozen=average, behind=behind)
   else:
     part = _served('consistency', once)
   return part.times(awake * consistency_share(rec.schedule, cfg))
@@ -306,13 +328,13 @@ def streamed(rec: Recipe) -> dict[str, list[Part]]:
     rollout(rec.model, chunking, steps, start=c * cfg.new, done=done if c else 0)
     for c in range(clips)
   ]
-  student = [chunk_causal(rec.model, chunking, start=c * cfg.new) for c in range(clips)]
+  student = _student(rec, [c * cfg.new for c in range(clips)])
   common = [_served('rollout', *rolled).times(share), _recached(rec).times(share * (clips > 1))]
   return {
     'generator': [
       _texts(rec, 2),
       *common,
-      _trained('student', rec.model, *student).times(share),
+      student.times(share),
       *_scores(rec),
     ],
     'critic': [_texts(rec, 1), *common, _trained('critic', rec.model, _clip(rec.model, rec))],

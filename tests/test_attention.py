@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from salt_jax import recipe
+from salt_jax import flops, recipe
 from salt_jax.errors import InputError
 from salt_jax.models import attention, splash, wan
 from salt_jax.models.attention import Kernel
@@ -35,7 +35,7 @@ def _value_and_grads(fn, args, kernel):
     out = fn(*args, kernel=kernel)
     return jnp.sum(out * weights), out
 
-  (_, out), grads = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(*args)
+  (_, out), grads = jax.value_and_grad(loss, range(len(args)), has_aux=True)(*args)
   return out, *grads
 
 
@@ -75,6 +75,71 @@ def test_splash_is_dense_attention_chunk_by_chunk(fn):
   _agree(fn, _qkv(450, 450))
 
 
+@pytest.mark.parametrize('live', [False, True])
+@pytest.mark.parametrize('kernel', [attention.DENSE, SPLASH], ids=lambda kernel: kernel.name)
+def test_a_past_gets_a_gradient_if_it_is_live_and_none_if_not(kernel, live):
+  """Against attention to all keys in one piece, of which what is dead is a constant."""
+  q, k, v = _qkv(300, 300)
+  old = _qkv(1, 300, seed=5)[1:]
+
+  def read(q, k, v, *old, kernel):
+    def before(i):
+      return (*old, jnp.arange(300) < 190 * i)
+
+    return attention.chunk_causal((q, k, v), 150, before, kernel, live)
+
+  def plain(q, k, v, *old, kernel):
+    old = old if live else jax.lax.stop_gradient(old)
+    first = attention.dense(q[:, :150], k[:, :150], v[:, :150])
+    both = zip((k, v), old, strict=True)
+    k, v = (jnp.concatenate([x[:, 150:], y[:, :190]], axis=1) for x, y in both)
+    return jnp.concatenate([first, attention.dense(q[:, 150:], k, v)], axis=1)
+
+  got = _value_and_grads(read, (q, k, v, *old), kernel)
+  for one, want in zip(got, _value_and_grads(plain, (q, k, v, *old), kernel), strict=True):
+    np.testing.assert_allclose(one, want, atol=5e-6 * float(jnp.abs(want).max()), rtol=0)
+  assert all(bool(jnp.any(x)) == live for x in got[-2:])
+
+
+@pytest.fixture
+def computed(monkeypatch):
+  """Rows of blocks that the gradient to keys and values is told to compute."""
+  make, rows = splash.by_queries, []
+
+  def seen(*args):
+    table = make(*args)
+    rows.extend(table.compute[0].tolist())
+    return table
+
+  monkeypatch.setattr(splash, 'by_queries', seen)
+  return rows
+
+
+def test_blocks_without_a_trained_key_are_passed_over_by_the_gradient_to_keys(computed):
+  """Blocks of 256: trained and seen; hidden; trained up to key 600; frozen; frozen and hidden.
+
+  Of a block that is computed all keys get what they would get if nothing were frozen: `attend` alone drops it.
+  """
+  at = jnp.arange(1280)
+  valid = (at < 1024) & (at // 256 != 1)
+  args = _qkv(300, 1280)
+
+  def read(q, k, v, kernel):
+    return splash.attend(q, k, v, valid, *kernel[1:], trained=600)
+
+  out, dq, *got = _value_and_grads(read, args, SPLASH)
+  right, right_dq, *want = _value_and_grads(
+    lambda q, k, v, kernel: attention.dense(q, k, v, valid), args, attention.DENSE
+  )
+  assert computed == [[1, 0, 1, 0, 0]] * 3
+  some = jnp.isin(at // 256, jnp.array([0, 2]))
+  for one, other in zip(got, want, strict=True):
+    assert bool(jnp.any(other[:, 768:1024])) and not bool(jnp.any(one[:, ~some]))
+  got, want = ([x[:, some] for x in grads] for grads in (got, want))
+  for one, other in zip((out, dq, *got), (right, right_dq, *want), strict=True):
+    np.testing.assert_allclose(one, other, atol=5e-6 * float(jnp.abs(other).max()), rtol=0)
+
+
 def test_blocks_of_hidden_keys_are_not_multiplied():
   """Blocks of 256: NaN behind the last key that is seen, and in a block between, would spoil whatever they touch."""
   at = jnp.arange(1280)
@@ -96,23 +161,55 @@ def test_blocks_of_hidden_keys_are_not_multiplied():
 )
 def test_a_block_that_is_passed_over_loads_the_next(some):
   some = [word == '1' for word in some]
-  by_keys, by_queries, computed = splash.tables(jnp.repeat(jnp.asarray(some), 128), 3, 128)
+  load, computed = splash.by_keys(jnp.repeat(jnp.asarray(some), 128), 3, 128)
   seen = [i for i, one in enumerate(some) if one]
   following = [next((j for j in seen if j >= i), seen[0]) for i in range(4)]
-  np.testing.assert_array_equal(by_keys, [[following] * 3])
+  np.testing.assert_array_equal(load, [[following] * 3])
   np.testing.assert_array_equal(computed, [[some] * 3])
-  np.testing.assert_array_equal(by_queries[0], np.arange(3)[:, None] + [0] * 4)
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_the_gradient_to_keys_computes_the_blocks_with_a_trained_key_and_no_others(seed):
+  rng = np.random.default_rng(seed)
+  trained = rng.random(8 * 128) < 1 / 128  # some blocks have none, some have one
+  load, computed = splash.by_queries(jnp.asarray(trained), 3, 128)
+  blocks = {key // 128 for key in np.flatnonzero(trained)}
+  assert 0 < len(blocks) < 8
+  for block in range(8):
+    assert computed[0, :, block].tolist() == [block in blocks] * 3
+    assert load[0, :, block].tolist() == ([0, 1, 2] if block in blocks else [0, 0, 0])
+
+
+@pytest.mark.parametrize('live, blocks', [(False, 2), (True, 4)])
+def test_a_chunk_behind_a_cache_has_the_gradient_to_its_own_keys_alone(computed, live, blocks):
+  """300 keys of its own and 600 before them, in blocks of 256."""
+  attention.attend_behind(_qkv(300, 300), (*_qkv(1, 600)[1:], None), SPLASH, live)
+  assert computed == [[1] * blocks + [0] * (4 - blocks)] * 3
 
 
 @pytest.mark.parametrize('kind', splash.BLOCKS)
 def test_little_is_multiplied_for_nothing(kind):
-  """A rollout at 480x832, seven chunks of 4,680 tokens: what the kernel computes against what is seen."""
-  chunk, keys, computed = 4680, 7 * 4680 + 4680, 0
+  """A rollout at 480x832, seven chunks of 4,680 tokens: pairs that kernels compute against those that are needed.
+
+  With its gradient, all of a pass is counted: a forward pass and a gradient to queries make two products of the pairs
+  that are seen, a gradient to keys makes two of those within a chunk.
+  """
+  chunk, keys, along_keys, along_queries = 4680, 7 * 4680 + 4680, 0, 0
   rows, width, _ = splash.chosen(chunk, keys, splash.BLOCKS[kind])
+  at, blocks = jnp.arange(-(-keys // width) * width), -(-chunk // rows)
   for i in range(7):
-    seen = jnp.arange(-(-keys // width) * width) < (i + 1) * chunk
-    computed += int(splash.tables(seen, -(-chunk // rows), width)[2].sum()) * rows * width
-  assert computed <= 1.1 * 28 * chunk**2
+    seen = at < (i + 1) * chunk
+    along_keys += int(splash.by_keys(seen, blocks, width).compute.sum()) * rows * width
+    learnt = splash.by_queries(seen & (at < chunk), blocks, width)
+    along_queries += int(learnt.compute.sum()) * rows * width
+  assert along_keys <= 1.1 * 28 * chunk**2
+
+  cfg, product = wan.wan_1_3b(), 2 * 1536 * 30
+  chunking = tiny.chunking(frames=21, chunk=3, cache=(30, 1560, 12, 128))
+  once, frozen = flops.chunk_causal(cfg, chunking), flops.past(cfg, chunking)
+  formula = 3 * sum(once.values()) - frozen
+  other = formula - (3 * once['self_attention'] - frozen)
+  assert formula < other + product * (4 * along_keys + 2 * along_queries) <= 1.1 * formula
 
 
 def test_rows_are_plain_attention_over_flat_tokens():
@@ -151,7 +248,8 @@ def test_cudnn_reads_what_may_be_seen_first():
 
 @pytest.mark.parametrize('queries, keys', [(6, 257), (5, 8), (6, 8)])
 @pytest.mark.parametrize('masked', [False, True])
-def test_cudnn_gets_even_lengths_and_computes_the_same(monkeypatch, queries, keys, masked):
+@pytest.mark.parametrize('trained', [None, 3])
+def test_cudnn_gets_even_lengths_and_computes_the_same(monkeypatch, queries, keys, masked, trained):
   """The call itself is XLA's here, which takes the same arguments: cuDNN has no CPU form."""
   q, k, v = (x.astype(jnp.float16) for x in _qkv(queries, keys))
   valid = jnp.arange(keys) % 3 > 0 if masked else None
@@ -164,13 +262,16 @@ def test_cudnn_gets_even_lengths_and_computes_the_same(monkeypatch, queries, key
   monkeypatch.setattr(jax.nn, 'dot_product_attention', instead)
 
   def loss(qkv, kernel):
-    return jnp.sum(jnp.sin(attention.attend(*qkv, valid, kernel).astype(jnp.float32)))
+    out = attention.attend(*qkv, valid, kernel, trained)
+    return jnp.sum(jnp.sin(out.astype(jnp.float32)))
 
   got, want = (jax.value_and_grad(loss)((q, k, v), Kernel(name)) for name in ('cudnn', 'dense'))
   for one, two in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     assert one.shape == two.shape
     # Half precision has 11 bits; the largest values here are about 1.
     np.testing.assert_allclose(np.float32(one), np.float32(two), atol=4e-3)
+  for one in (*got[1][1:], *want[1][1:]):
+    assert bool(jnp.any(one[:, 3:])) == (trained is None)
 
 
 @pytest.mark.parametrize(

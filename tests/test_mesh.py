@@ -71,6 +71,32 @@ def test_attention_moves_the_split_from_tokens_to_heads_and_back():
   assert out.split() == ['True', 'False', 'False']
 
 
+def test_a_frozen_past_gets_no_gradient_on_a_mesh_and_all_else_is_that_of_one_device():
+  """Splash, interpreted: of 300 keys in three blocks 140 are trained, so that the third block is passed over."""
+  out = on_eight_devices("""
+    import jax, jax.numpy as jnp, numpy as np
+    from salt_jax import sharding
+    from salt_jax.models import attention
+    mesh = sharding.make_mesh({'data': 2, 'fsdp': 1, 'context': 2, 'tensor': 2})
+    kernel = attention.Kernel('splash', (128, 128, 128), interpret=True)
+    key, valid = jax.random.key(0), jnp.arange(300) % 3 > 0
+    shapes = (2, 140, 4, 128), (2, 300, 4, 128), (2, 300, 4, 128)
+    args = [jax.random.normal(jax.random.fold_in(key, i), s) for i, s in enumerate(shapes)]
+
+    def loss(args, kernel, trained):
+      return jnp.sum(jnp.sin(attention.attend(*args, valid, kernel, trained)))
+
+    run = jax.jit(jax.grad(loss), static_argnums=(1, 2))
+    one = run(args, attention.DENSE, None)
+    with jax.set_mesh(mesh):
+      q, *rest = run(args, kernel, 140)
+    largest = lambda x: float(jnp.abs(x).max())
+    apart = [largest(q - one[0]), *(largest(x[:, :140] - y[:, :140]) for x, y in zip(rest, one[1:]))]
+    print(max(apart) < 5e-6 * max(map(largest, one)), [largest(x[:, 140:]) for x in rest])
+  """)
+  assert out.split(maxsplit=1) == ['True', '[0.0, 0.0]\n']
+
+
 @pytest.mark.parametrize(
   'sizes, changes, words',
   [

@@ -117,7 +117,7 @@ def test_a_start_known_when_tracing_spares_what_is_hidden(remat):
   def longest(start):
     run = lambda p: wan.apply(p, x, t, tiny.prompt(), wan.Chunk(cache, start), cfg)[0]  # noqa: E731
     text = str(jax.make_jaxpr(run)(tiny.params()))
-    keys = re.findall(r'f32\[2,2,12,(\d+)\] = dot_general', text)
+    keys = re.findall(r'f32\[2,2,12,(\d+)\] = (?:dot_general|concatenate)', text)
     return max(int(k) for k in keys)
 
   assert longest(2) == 6 * (2 + 2) and longest(jnp.int32(2)) == 6 * (2 + 60)

@@ -86,6 +86,7 @@ def attend(
   v: Float[Array, 'b s n d'],
   valid: Bool[Array, 's'] | None = None,
   kernel: Kernel = DENSE,
+  trained: int | None = None,
 ) -> Float[Array, 'b l n d']:
   """softmax(q k^T / sqrt(d)) v, softmax in float32.
 
@@ -97,15 +98,15 @@ def attend(
     v: values.
     valid: keys that may be seen, the same for every query; None means all.
     kernel: what computes it.
+    trained: so many keys come first that gradients flow to; those behind get none, for which dense and splash
+      multiply nothing, and cuDNN as much as for the others. None means all.
 
   Raises:
     InputError: for an unknown kernel, or cuDNN with 32-bit inputs.
   """
   names = (axes.BATCH, None, axes.HEADS, None)
-  run = axes.per_device(
-    functools.partial(_attend, kernel=kernel), (names, names, names, (None,)), names
-  )
-  return run(q, k, v, valid)
+  run = functools.partial(_attend, kernel=kernel, trained=trained)
+  return axes.per_device(run, (names, names, names, (None,)), names)(q, k, v, valid)
 
 
 def attend_rows(
@@ -125,13 +126,14 @@ def attend_rows(
   return axes.per_device(run, (mine, theirs, theirs), mine)(q, k, v)
 
 
-def _attend(q, k, v, valid, kernel):
+def _attend(q, k, v, valid, kernel, trained=None):
   if kernel.name == 'dense':
-    return dense(q, k, v, valid)
+    return dense(q, k, v, valid, trained)
+  k, v = (jnp.concatenate(_parts(x, trained), axis=1) for x in (k, v))
   if kernel.name == 'cudnn':
     return _cudnn(q, k, v, valid)
   if kernel.name == 'splash':
-    return splash.attend(q, k, v, valid, kernel.blocks, kernel.interpret)
+    return splash.attend(q, k, v, valid, kernel.blocks, kernel.interpret, trained)
   raise InputError(f'attention "{kernel.name}" is unknown; choose one of {", ".join(PLATFORMS)}.')
 
 
@@ -140,14 +142,26 @@ def dense(
   k: Float[Array, 'b s n d'],
   v: Float[Array, 'b s n d'],
   valid: Bool[Array, 's'] | None = None,
+  trained: int | None = None,
 ) -> Float[Array, 'b l n d']:
   """The operation in plain array code, which the compiler splits over a mesh as it likes."""
-  logits = jnp.einsum('b l n d, b s n d -> b n l s', q, k, preferred_element_type=jnp.float32)
-  logits = logits * q.shape[-1] ** -0.5
+  in_float32 = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  # Products of their own, so that what gets no gradient has none to be thrown away.
+  logits = [in_float32('b l n d, b s n d -> b n l s', q, x) for x in _parts(k, trained)]
+  logits = jnp.concatenate(logits, axis=-1) * q.shape[-1] ** -0.5
   if valid is not None:
     logits = jnp.where(valid, logits, jnp.finfo(jnp.float32).min)
   weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-  return jnp.einsum('b n l s, b s n d -> b l n d', weights, v)
+  if trained is None:
+    return jnp.einsum('b n l s, b s n d -> b l n d', weights, v)
+  shares = weights[..., :trained], weights[..., trained:]
+  read = zip(shares, _parts(v, trained), strict=True)
+  return sum(in_float32('b n l s, b s n d -> b l n d', *one) for one in read).astype(v.dtype)
+
+
+def _parts(x: Float[Array, 'b s n d'], trained: int | None) -> list[Float[Array, 'b _ n d']]:
+  """Keys or values that gradients flow to, and the others if there are any."""
+  return [x] if trained is None else [x[:, :trained], jax.lax.stop_gradient(x[:, trained:])]
 
 
 def _cudnn(q, k, v, valid):
@@ -183,6 +197,7 @@ def chunk_causal(
   chunk: int,
   past: Callable[[int | Int[Array, '']], tuple[Array, Array, Array | None]] | None = None,
   kernel: Kernel = DENSE,
+  live: bool = False,
 ) -> Float[Array, 'b l n d']:
   """Each chunk of `chunk` tokens sees itself, both ways, and the chunks before it.
 
@@ -192,9 +207,10 @@ def chunk_causal(
     past: gives the (keys, values) that stand before chunk i, and which of them may be seen, None if all; without
       it these are the clip's own earlier tokens. i is an array where the kernel skips what may not be seen.
     kernel: as in `attend`.
+    live: lets gradients flow to what `past` gives.
   """
   if kernel.skips:
-    return _chunk_loop(qkv, chunk, past, kernel)
+    return _chunk_loop(qkv, chunk, past, kernel, live)
   q, k, v = qkv
   outs = []
   for i, start in enumerate(range(0, q.shape[1], chunk)):
@@ -202,7 +218,7 @@ def chunk_causal(
     if past is None:
       outs.append(attend(q[:, own], k[:, : own.stop], v[:, : own.stop], None, kernel))
     else:
-      outs.append(attend_behind((q[:, own], k[:, own], v[:, own]), past(i), kernel))
+      outs.append(attend_behind((q[:, own], k[:, own], v[:, own]), past(i), kernel, live))
   return jnp.concatenate(outs, axis=1)
 
 
@@ -210,6 +226,7 @@ def attend_behind(
   own: Sequence[Float[Array, 'b l n d']],
   before: tuple[Float[Array, 'b s n d'], Float[Array, 'b s n d'], Bool[Array, 's'] | None],
   kernel: Kernel = DENSE,
+  live: bool = False,
 ) -> Float[Array, 'b l n d']:
   """A chunk's queries on its own keys and on those before it.
 
@@ -217,15 +234,17 @@ def attend_behind(
     own: queries, keys and values of the chunk.
     before: earlier keys, values, and which of them may be seen; None means all.
     kernel: as in `attend`.
+    live: lets gradients flow to the earlier ones too.
   """
   q, k, v = own
   before_k, before_v, seen = before
   valid = None if seen is None else jnp.concatenate([jnp.ones(k.shape[1], bool), seen])
   keys, values = jnp.concatenate([k, before_k], axis=1), jnp.concatenate([v, before_v], axis=1)
-  return attend(q, keys, values, valid, kernel)
+  trained = None if live or not before_k.shape[1] else k.shape[1]
+  return attend(q, keys, values, valid, kernel, trained)
 
 
-def _chunk_loop(qkv, chunk, past, kernel):
+def _chunk_loop(qkv, chunk, past, kernel, live):
   """The same as one loop over one kernel, where hidden keys cost nothing."""
   q, k, v = qkv
   count = q.shape[1] // chunk
@@ -238,7 +257,7 @@ def _chunk_loop(qkv, chunk, past, kernel):
   )
   def one(i, own):
     if past is not None:
-      return attend_behind(own, past(i), kernel)
+      return attend_behind(own, past(i), kernel, live)
     return attend(own[0], k, v, jnp.arange(k.shape[1]) < (i + 1) * chunk, kernel)
 
   parts = tuple(rearrange(x, 'b (i l) n d -> i b l n d', i=count) for x in qkv)

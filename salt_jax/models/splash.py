@@ -2,11 +2,13 @@
 
 One kernel serves all that a query may see. Keys that it may not, of padding, of a cache's later frames or of a ring,
 have a segment of their own, and a block of keys that holds nothing else is neither loaded nor multiplied: which blocks
-these are is data, so a step that reads one chunk and a step that reads seven are the same program.
+these are is data, so a step that reads one chunk and a step that reads seven are the same program. The kernel of the
+gradient to keys and values passes over more: blocks of keys that get none, those of a frozen cache.
 """
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,30 +84,51 @@ def _structure(heads: int, sizes: tuple[int, int, int], interpret: bool) -> jax.
   return jax.tree.structure(kernel)
 
 
-def tables(
-  seen: Bool[Array, 's'], rows: int, width: int
-) -> tuple[Int[Array, '1 q kv'], Int[Array, '1 q kv'], Int[Array, '1 q kv']]:
-  """What the kernel is told of each block of queries and of keys, the same for all heads.
+class Table(NamedTuple):
+  """What a kernel is told of each block of queries and of keys, the same for all heads.
+
+  Attributes:
+    load: block to load: of keys where these are passed by, of queries where those are.
+    compute: 1 where the block is computed.
+  """
+
+  load: Int[Array, '1 q kv']
+  compute: Int[Array, '1 q kv']
+
+
+def _table(load: Int[Array, '#q kv'], some: Bool[Array, 'kv'], rows: int) -> Table:
+  shape = (1, rows, some.size)
+  return Table(*(jnp.broadcast_to(x, shape).astype(jnp.int32) for x in (load, some)))
+
+
+def by_keys(seen: Bool[Array, 's'], rows: int, width: int) -> Table:
+  """For the forward pass and the gradient to queries, which go along the keys.
+
+  A block that is passed over names the next one that is not, so that it is on its way already.
 
   Args:
     seen: keys that may be seen, at least one, padded to whole blocks.
     rows: blocks of queries.
     width: keys in a block.
-
-  Returns:
-    (block of keys to load where keys are passed by, block of queries where queries are, 1 where a block is computed):
-    a block that is passed over names the next one that is not, so that it is on its way already.
   """
   some = jnp.any(seen.reshape(-1, width), axis=1)
   count = some.size
   ahead = jax.lax.cummin(jnp.where(some, jnp.arange(count), count), reverse=True)
   ahead = jnp.where(ahead < count, ahead, jnp.argmax(some))
-  shape = (1, rows, count)
+  return _table(ahead[None], some, rows)
 
-  def wide(x):
-    return jnp.broadcast_to(x, shape).astype(jnp.int32)
 
-  return wide(ahead), wide(jnp.arange(rows)[:, None]), wide(some)
+def by_queries(trained: Bool[Array, 's'], rows: int, width: int) -> Table:
+  """For the gradient to keys and values, which goes along the queries, one block of keys after the other.
+
+  For a block of keys that is passed over, zeros are written and the same block of queries is named all along.
+
+  Args:
+    trained: keys that get a gradient, padded to whole blocks.
+    rows, width: as for `by_keys`.
+  """
+  some = jnp.any(trained.reshape(-1, width), axis=1)
+  return _table(jnp.where(some, jnp.arange(rows)[:, None], 0), some, rows)
 
 
 def chosen(queries: int, keys: int, largest: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -122,6 +145,7 @@ def attend(
   valid: Bool[Array, 's'] | None,
   blocks: tuple[int, int, int],
   interpret: bool = False,
+  trained: int | None = None,
 ) -> Float[Array, 'b l n d']:
   """softmax(q k^T / sqrt(d)) v on one device.
 
@@ -130,6 +154,7 @@ def attend(
     valid: keys that may be seen; None means all.
     blocks: largest blocks, as in `BLOCKS`.
     interpret: runs the kernel step by step on any device, for tests.
+    trained: so many keys come first whose gradient is asked for; that of a block of others is zero. None means all.
   """
   length, keys = q.shape[1], k.shape[1]
   sizes = chosen(length, keys, tuple(blocks))
@@ -138,10 +163,11 @@ def attend(
   )
   seen = jnp.ones(keys, bool) if valid is None else valid
   seen = jnp.pad(seen, (0, padded_kv - keys))
-  by_keys, by_queries, computed = tables(seen, padded_q // sizes[0], sizes[1])
+  along_keys = by_keys(seen, padded_q // sizes[0], sizes[1])
+  first = seen if trained is None else seen & (jnp.arange(padded_kv) < trained)
+  along_queries = by_queries(first, padded_q // sizes[0], sizes[1])
   kernel = jax.tree.unflatten(
-    _structure(q.shape[2], sizes, interpret),
-    (by_keys, computed, by_keys, computed, by_queries, computed),
+    _structure(q.shape[2], sizes, interpret), (*along_keys, *along_keys, *along_queries)
   )
 
   def lay(x, to):

@@ -228,7 +228,7 @@ def _read(q, k, v, ctx, past, kernel):
       start = i * ctx.chunk if ctx.start is None else ctx.start + i * ctx.chunk
       return _behind(ctx.past, past, start, ctx.chunk)
 
-  return attention.chunk_causal((q, k, v), ctx.chunk * tokens, before, kernel)
+  return attention.chunk_causal((q, k, v), ctx.chunk * tokens, before, kernel, ctx.live)
 
 
 def _behind(cache: KVCache, past, start, count: int):
