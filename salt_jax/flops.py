@@ -11,8 +11,8 @@ width d over l tokens that make p (query, key) pairs, with n rows of text and a 
 and embeddings and head once. A causal pass has the pairs that its chunks may see: hidden or empty slots of a cache do
 not count, whether or not a program multiplies them. Training through a pass takes three times the forward, of which a
 third is the forward itself, less what nobody needs: keys of a rollout's cache get no gradient, so that the backward
-pass makes two products of the pairs with them, not four (cuDNN makes four). What is recomputed for the backward pass
-(remat) is told apart and is no part of MFU. All numbers are of one example.
+pass makes two products of the pairs with them, not four. What is recomputed for the backward pass, by remat and by
+the kernels of attention (`_REDONE`), is told apart and is no part of MFU. All numbers are of one example.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 
 from salt_jax.diffusion import draws
 from salt_jax.diffusion.rollout import Chunking
+from salt_jax.models.attention import SAVED
 from salt_jax.models.text import TextConfig
 from salt_jax.models.wan import PATCH, WanConfig
 from salt_jax.recipe import Recipe, latent_shape
@@ -182,7 +183,7 @@ def _served(name: str, *passes: Passes) -> Part:
 def _trained(
   name: str, cfg: WanConfig, *passes: Passes, frozen: bool = False, behind: float = 0.0
 ) -> Part:
-  """Passes with a gradient: twice the forward on top, and with remat all blocks anew.
+  """Passes with a gradient: twice the forward on top; anew, with remat all blocks, and what the kernel makes anew.
 
   Parameters that are frozen only hand the gradient on, though both sides of q k^T and of p v still get one; and
   nobody asks for the end of the feed-forward anew, whose gate has no gradient then. Of `behind`, the attention to
@@ -194,7 +195,24 @@ def _trained(
   again, backward = blocks, 2 * total - behind
   if frozen:
     again, backward = blocks - ffn / 2, total + attention - behind
-  return Part(name, total + backward, again if cfg.remat else 0.0, backward)
+  again = again * cfg.remat + _again(cfg, attention, behind)
+  return Part(name, total + backward, again, backward)
+
+
+# Products of a kernel's backward pass besides the needed ones, of a pair whose key gets a gradient and of one whose key
+# gets none; a forward pass makes two. Flash attention makes q k^T anew. Splash does so in each of its two kernels, and
+# makes dO v^T in both; cuDNN makes the gradient to all keys.
+_REDONE = {'dense': (0, 0), 'cudnn': (1, 3), 'splash': (3, 1)}
+
+
+def _again(cfg: WanConfig, attention: float, behind: float) -> float:
+  """What a kernel makes anew in the backward pass of so much self-attention, less what it kept of the forward pass."""
+  learnt, frozen = _REDONE[cfg.attention]
+  redone = (learnt * (attention - behind) + frozen * behind) / 2
+  kept = (
+    cfg.remat and cfg.attention == 'splash' and SAVED in (*cfg.remat_saves, *cfg.remat_offloads)
+  )
+  return redone - attention * kept
 
 
 def _without_head(passes: Passes) -> Passes:

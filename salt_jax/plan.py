@@ -7,8 +7,8 @@
 Networks and batches are shapes alone: nothing is read, and nothing is allocated. Several slices are 2xv5p-128. A slice
 is taken with the mesh of the config; --smallest tries the slices of a generation, smallest first (--smallest=v6e-64:
 from that one on), and where the batch has fewer clips than there are devices it splits each clip over the context axis.
---kept names a folder of what programs were found to need: equal ones are compiled once, and a search that was cut off goes
-on. --table writes what --json left in a folder as Markdown.
+--kept names a folder of what programs were found to need: equal ones are compiled once, and a search that was cut off
+goes on. --table writes what --json left in a folder as Markdown.
 """
 
 import dataclasses
