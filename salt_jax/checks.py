@@ -280,8 +280,8 @@ def _check_first_frames(config: ConfigDict) -> None:
   kind, wanted = config.data.kind, model.in_channels > z_dim
   if wanted and config.size != 'nano' and kind != 'store':
     raise InputError(
-      f'{config.name} has no clips to take first frames from: set data.kind=store, and data.path to a store of ids, '
-      'mask, condition and image.'
+      f'{config.name} has no clips to take first frames from: set data.kind=store, and data.path to what '
+      'salt_jax.precompute makes of pictures and prompts.'
     )
   if config.stage == 'selfforcing' and (kind in ('clips', 'store')) != wanted:
     kinds = 'clips, which have a first frame' if wanted else 'captions or prompts'
@@ -372,9 +372,11 @@ def _check_streaming(config: ConfigDict) -> None:
       f'streaming.frames={frames} must be at least rollout.frames + streaming.new = {roll.frames + new}, and at most '
       f'the {rope.MAX_FRAMES} positions of RoPE.'
     )
-  if config.streaming.causal and roll.window % roll.chunk:
+  sink = roll.sink if config.streaming.global_sink else 0
+  if config.streaming.causal and (roll.window - sink) % roll.chunk:
+    behind = f' but for the sink of {sink}' if sink else ''
     raise InputError(
-      f'streaming.causal recaches whole chunks: make rollout.window={roll.window} a multiple of {roll.chunk}.'
+      f'streaming.causal recaches whole chunks: make rollout.window={roll.window}{behind} a multiple of {roll.chunk}.'
     )
   for name in ('consistency', 'alignment'):
     if config.losses[name]:
