@@ -259,7 +259,7 @@ def first_frames(config: ConfigDict) -> None:
     for name in ('text', 'teacher', 'init', 'student'):
       config.weights[name] = f'assets:nano_i2v_{name}.safetensors'
   else:
-    # Of first frames that were encoded elsewhere: fields ids, mask, condition (latents), image (rows of CLIP).
+    # What salt_jax.precompute makes of a file of prompts and pictures.
     config.data = dict(kind='store', path='first_frames')
     del config.latents
     config.negative = WAN_NEGATIVE_I2V

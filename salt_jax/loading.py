@@ -1,5 +1,6 @@
 """Which network a sampler is given: of a run, of a file that a run exported, or of any file and its config."""
 
+import math
 import os
 
 import jax.numpy as jnp
@@ -85,7 +86,7 @@ def first_image(
   """The picture that an I2V network begins with; those of the nano world have one size, others are `fitted` to theirs.
 
   Raises:
-    InputError: the student takes none or wants one, or it is no picture, or for nano of another size.
+    InputError: the student takes none or wants one, or it is no picture, too narrow, or for nano of another size.
   """
   if not rec.model.frame_channels:
     if path:
@@ -100,6 +101,10 @@ def first_image(
   if config.size == 'nano' and image.shape[:2] != size:
     raise InputError(
       f'--image={path} is {image.shape[1]}x{image.shape[0]}: scale it to {size[1]}x{size[0]} pixels.'
+    )
+  if config.size != 'nano' and not all(images.video_size(*image.shape[:2], math.prod(size))):
+    raise InputError(
+      f'--image={path} is {image.shape[1]}x{image.shape[0]}, too narrow for a video of its shape: crop it.'
     )
   return image
 

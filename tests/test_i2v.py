@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs import selfforcing
 from salt_jax import (
   clips,
   codec,
@@ -176,6 +177,11 @@ def test_pictures_that_do_not_fit_are_refused(world, tmp_path):
     with pytest.raises(InputError, match=sentence):
       sample.first_image(path and str(path), config, given)
   assert sample.first_image(None, config, text_alone) is None
+  Image.new('RGB', (4000, 1)).save(tmp_path / 'line.png')
+  real = selfforcing.get_config('14b,i2v')
+  with pytest.raises(InputError, match='line.png is 4000x1, too narrow for a video of its shape'):
+    sample.first_image(str(tmp_path / 'line.png'), real, rec)
+  assert sample.first_image(str(tmp_path / 'wide.png'), real, rec).shape == (32, 48, 3)
 
 
 @pytest.mark.slow
