@@ -90,13 +90,12 @@ def first_image(
   """
   if not rec.model.frame_channels:
     if path:
-      raise InputError(f'--image={path} has no use: this student is given text alone.')
+      raise InputError(f'--image={path} has no use: this network is given text alone.')
     return None
   size = config.video.height, config.video.width
   if not path:
-    raise InputError(
-      f'pass --image: this student continues a picture of {size[1]}x{size[0]} pixels.'
-    )
+    shape = f' of {size[1]}x{size[0]} pixels' if config.size == 'nano' else ''
+    raise InputError(f'pass --image: this network continues a picture{shape}.')
   image = video.read_image(path)
   if config.size == 'nano' and image.shape[:2] != size:
     raise InputError(

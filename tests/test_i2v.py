@@ -166,13 +166,13 @@ def test_pictures_that_do_not_fit_are_refused(world, tmp_path):
   assert sample.first_image(str(tmp_path / 'red.png'), config, rec)[0, 0].tolist() == [255, 0, 0]
   text_alone = dataclasses.replace(rec, model=dataclasses.replace(rec.model, in_channels=16))
   for path, given, sentence in (
-    (None, rec, 'pass --image: this student continues a picture of 32x32 pixels.'),
+    (None, rec, 'pass --image: this network continues a picture of 32x32 pixels.'),
     (tmp_path / 'wide.png', rec, 'wide.png is 48x32: scale it to 32x32 pixels.'),
     (tmp_path / 'text.png', rec, 'text.png cannot be read as a picture'),
     (tmp_path / 'cut.png', rec, 'cut.png cannot be read as a picture'),
     (tmp_path / 'folder.png', rec, 'folder.png cannot be read as a picture'),
     (tmp_path / 'none.png', rec, 'none.png cannot be read as a picture'),
-    (tmp_path / 'red.png', text_alone, 'has no use: this student is given text alone.'),
+    (tmp_path / 'red.png', text_alone, 'has no use: this network is given text alone.'),
   ):
     with pytest.raises(InputError, match=sentence):
       sample.first_image(path and str(path), config, given)
@@ -182,6 +182,8 @@ def test_pictures_that_do_not_fit_are_refused(world, tmp_path):
   with pytest.raises(InputError, match='line.png is 4000x1, too narrow for a video of its shape'):
     sample.first_image(str(tmp_path / 'line.png'), real, rec)
   assert sample.first_image(str(tmp_path / 'wide.png'), real, rec).shape == (32, 48, 3)
+  with pytest.raises(InputError, match='pass --image: this network continues a picture.$'):
+    sample.first_image(None, real, rec)
 
 
 @pytest.mark.slow
