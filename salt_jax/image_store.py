@@ -6,6 +6,7 @@ resized as torch does it. When sampling nothing is cut, and the video takes the 
 
 import concurrent.futures
 import hashlib
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -21,19 +22,22 @@ from salt_jax.recipe import Recipe
 from salt_jax.store import Field, fill, sha256
 
 
-def _pictures(path: str) -> list[str]:
-  """The picture of each prompt of a file.
+def _pictures(path: str, count: int) -> list[tuple[str, ...]]:
+  """The picture of each prompt of a file, or first and last.
 
   Raises:
     InputError: a prompt without.
   """
-  named = [entry.image for entry in prompts.read(path)]
-  if None in named:
-    raise InputError(
-      f'prompt {named.index(None) + 1} of {path} names no picture: image-to-video wants .jsonl of '
-      '{"prompt": "...", "image": "FILE"}, or .csv with the columns prompt and image.'
-    )
-  return named
+  names = ('image', 'last_image')[:count]
+  pictures = [tuple(getattr(entry, name) for name in names) for entry in prompts.read(path)]
+  for number, files in enumerate(pictures, 1):
+    if None in files:
+      keys = ', '.join(f'"{name}": "FILE"' for name in names)
+      raise InputError(
+        f'prompt {number} of {path} names no {names[files.index(None)]}: image-to-video wants .jsonl of '
+        f'{{"prompt": "...", {keys}}}, or .csv with the columns prompt, {", ".join(names)}.'
+      )
+  return pictures
 
 
 def _digest(pictures: Sequence[str]) -> str:
@@ -62,11 +66,12 @@ def _negatives(rows: Sequence[tuple], length: int) -> dict[str, np.ndarray]:
 
 
 def framed(
-  picture: UInt8[np.ndarray, 'h w 3'], size: tuple[int, int]
-) -> tuple[Float[Array, '1 1 rows columns 3'], UInt8[np.ndarray, '1 m n 3']]:
-  """The first frame of a video of (rows, columns), of levels 0 .. 255, and what CLIP sees."""
-  part = images.cropped(picture, size)
-  return images.bicubic(jnp.asarray(part, jnp.float32), size)[None, None], part[None]
+  pictures: Sequence[UInt8[np.ndarray, 'h w 3']], size: tuple[int, int]
+) -> tuple[Float[Array, '1 k rows columns 3'], list[UInt8[np.ndarray, '1 m n 3']]]:
+  """The known frames of a video of (rows, columns), of levels 0 .. 255, and what CLIP sees."""
+  parts = [images.cropped(picture, size) for picture in pictures]
+  known = [images.bicubic(jnp.asarray(part, jnp.float32), size) for part in parts]
+  return jnp.stack(known)[None], [part[None] for part in parts]
 
 
 def pictures_and_prompts(
@@ -80,7 +85,7 @@ def pictures_and_prompts(
   Args:
     config: whose VAE, CLIP tower and tokenizer they are, and the size of the first frames.
     rec: the same, built.
-    path: file of prompts (`prompts.read`) that names a picture for each.
+    path: file of prompts (`prompts.read`) that names a picture for each, or first and last.
     folder: where the store goes; what a killed run left there is kept.
     batch: records of a shard.
 
@@ -89,13 +94,13 @@ def pictures_and_prompts(
   """
   needed = ('vae', 'clip') if rec.model.image_dim else ('vae',)
   weights.require(config, needed)
-  pictures, words = _pictures(path), tokens.tokenizer(config, rec)
+  pictures, words = _pictures(path, rec.model.pictures), tokens.tokenizer(config, rec)
   rows, length = data.tokenized(path, words)
   negatives = any(other is not None for _, other in rows)
   size = config.video.height, config.video.width
   facts = {
     'prompts': sha256(path),
-    'pictures': _digest(pictures),
+    'pictures': _digest(list(itertools.chain(*pictures))),
     'video': dict(config.video),
     'tokenizer': words.digest,
     'encoders': {name: sha256(weights.resolve(config.weights[name])) for name in needed},
@@ -111,8 +116,8 @@ def pictures_and_prompts(
   def make(number):
     part = slice(number * batch, (number + 1) * batch)
     made = [
-      jax.tree.map(np.asarray, encode(*framed(video.read_image(picture), size)))
-      for picture in pictures[part]
+      jax.tree.map(np.asarray, encode(*framed([video.read_image(file) for file in files], size)))
+      for files in pictures[part]
     ]
     record = {name: np.concatenate([one[name] for one in made]) for name in made[0]}
     return (

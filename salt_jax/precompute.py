@@ -49,9 +49,9 @@ def _from(
 
 
 def first_frames(rec: Recipe, frames: int) -> Callable:
-  """`(VAE parameters, uint8 first frames [b 1 h w 3]) -> float16 [b f h w z]`: a batch's field `condition`.
+  """`(VAE parameters, uint8 known frames [b k h w 3]) -> float16 [b f h w z]`: a batch's field `condition`.
 
-  They are the latents of a video of `frames` that is grey behind its first frame (wan.md 5.5).
+  They are the latents of a video of `frames` that is grey but for these (`codec.encode_known`).
   """
   return lambda params, first: codec.encode_known(params, first, frames, rec.vae).astype(
     jnp.float16
@@ -70,9 +70,10 @@ def image_rows(rec: Recipe) -> Callable:
 
 
 def given(config: ConfigDict, rec: Recipe) -> Callable[..., dict]:
-  """`(uint8 first frames [b 1 h w 3], pictures [b h w 3] if CLIP is to see others) -> fields of a batch`.
+  """`(uint8 known frames [b k h w 3], k pictures [b h w 3] if CLIP is to see others) -> fields of a batch`.
 
-  They are `condition`, and `image` if the model takes rows of CLIP; for T2V there are none.
+  They are `condition`, and `image` if the model takes rows of CLIP, of first and last frame one behind the other; for
+  T2V there are none.
 
   Raises:
     InputError: a missing, damaged or other-sized file.
@@ -88,8 +89,9 @@ def given(config: ConfigDict, rec: Recipe) -> Callable[..., dict]:
   see = image_rows(rec)
 
   def both(first, pictures=None):
-    pictures = first[:, 0] if pictures is None else pictures
-    return {'condition': encode(vae_params, first), 'image': see(clip_params, pictures)}
+    pictures = jnp.moveaxis(first, 1, 0) if pictures is None else pictures
+    rows = [see(clip_params, picture) for picture in pictures]
+    return {'condition': encode(vae_params, first), 'image': jnp.concatenate(rows, axis=1)}
 
   return both
 
@@ -101,7 +103,7 @@ def fields_of(config: ConfigDict, rec: Recipe, **own: Field) -> dict[str, Field]
   if rec.model.frame_channels:
     fields['condition'] = Field(recipe.latent_shape(config), 'float16')
   if rec.model.image_dim:
-    fields['image'] = Field((rec.clip.rows, rec.clip.dim), 'float16')
+    fields['image'] = Field((rec.model.image_len, rec.clip.dim), 'float16')
   return fields
 
 

@@ -254,7 +254,7 @@ def test_the_program_encodes_pictures_for_a_network_that_is_given_them(arguments
     ),
     (
       ['--config=configs/selfforcing.py:nano,i2v', '--prompts={tmp}/p.txt', '--output={tmp}/out'],
-      'p.txt names no picture: image-to-video wants .jsonl of',
+      'p.txt names no image: image-to-video wants .jsonl of',
     ),
   ],
 )
