@@ -9,6 +9,7 @@ from salt_jax.models import clip, text, vae, wan
 
 WAN_SIZES = {'nano': wan.wan_nano, '1.3b': wan.wan_1_3b, '14b': wan.wan_14b}
 I2V_SIZES = {'nano': wan.wan_nano_i2v, '14b': wan.wan_i2v_14b}
+FLF2V_SIZES = {'14b': wan.wan_flf2v_14b}
 
 # How the real sizes are sharded: over fsdp and context, and where tensor is more than 1 by heads and hidden units.
 RULES = (
@@ -20,13 +21,14 @@ RULES = (
   ('.*', 'fsdp'),
 )
 
-# What Wan 2.1 steers away from, and what image-to-video puts before it; full-width commas included.
+# What Wan 2.1 steers away from, and what it puts before that where frames are given; full-width commas included.
 WAN_NEGATIVE = (
   '色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，'
   '多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，'
   '倒着走'
 )
 WAN_NEGATIVE_I2V = '镜头晃动，' + WAN_NEGATIVE
+WAN_NEGATIVE_FLF2V = '镜头切换，' + WAN_NEGATIVE_I2V
 
 
 def parse_arg(arg: str | None, **spec) -> ConfigDict:
@@ -77,15 +79,17 @@ def _section(dataclass) -> ConfigDict:
   return ConfigDict(dataclasses.asdict(dataclass))
 
 
-def dit(size: str, i2v: bool = False) -> ConfigDict:
-  """A DiT, given the first frame if `i2v`; above nano with remat, bfloat16 and its platform's attention.
+def dit(size: str, i2v: bool = False, flf2v: bool = False) -> ConfigDict:
+  """A DiT, given the first frame if `i2v`, and the last too if `flf2v`; above nano with remat, bfloat16 and its
+  platform's attention.
 
   Raises:
-    InputError: a size that has no image-to-video form.
+    InputError: a size that has no such form.
   """
-  sizes = I2V_SIZES if i2v else WAN_SIZES
+  sizes = FLF2V_SIZES if flf2v else I2V_SIZES if i2v else WAN_SIZES
   if size not in sizes:
-    raise InputError(f'{size} has no image-to-video form: choose one of {", ".join(sizes)}.')
+    form = 'first-and-last-frame' if flf2v else 'image-to-video'
+    raise InputError(f'{size} has no {form} form: choose one of {", ".join(sizes)}.')
   section = _section(sizes[size]())
   if size != 'nano':
     section.attention = 'auto'
@@ -243,15 +247,19 @@ def terms(layers: int) -> ConfigDict:
   )
 
 
-def first_frames(config: ConfigDict) -> None:
+def first_frames(config: ConfigDict, last: bool = False) -> None:
   """Makes a distillation image-to-video: frames for all three networks, and clips to take them from.
+
+  Args:
+    config: the experiment.
+    last: whether the last frame is given besides the first.
 
   Raises:
     InputError: a size that has no image-to-video form.
   """
   for name in ('model', 'teacher'):
-    config[name] = dit(config.size, i2v=True)
-  config.name += '-i2v'
+    config[name] = dit(config.size, i2v=True, flf2v=last)
+  config.name += '-flf2v' if last else '-i2v'
   config.log.samples_every = 0  # they are made from captions alone
   config.data = dict(kind='clips', path='')
   config.latents = dict(count=4096, batch=64)
@@ -259,15 +267,14 @@ def first_frames(config: ConfigDict) -> None:
     for name in ('text', 'teacher', 'init', 'student'):
       config.weights[name] = f'assets:nano_i2v_{name}.safetensors'
   else:
-    # Of first frames that were encoded elsewhere: fields ids, mask, condition (latents), image (rows of CLIP).
+    # What salt_jax.precompute makes of a file of prompts and pictures.
     config.data = dict(kind='store', path='first_frames')
     del config.latents
-    config.negative = WAN_NEGATIVE_I2V
+    config.negative = WAN_NEGATIVE_FLF2V if last else WAN_NEGATIVE_I2V
     config.clip = _section(clip.vit_h_14())
     config.weights.clip = 'weights/models_clip_open-clip-xlm-roberta-large-vit-huge-14.safetensors'
-    config.weights.update(
-      teacher='weights/Wan2.1-I2V-14B.safetensors', critic='weights/Wan2.1-I2V-14B.safetensors'
-    )
+    file = f'weights/Wan2.1-{"FLF2V" if last else "I2V"}-14B.safetensors'
+    config.weights.update(teacher=file, critic=file)
 
 
 def rollout(size: str, **changes) -> ConfigDict:

@@ -7,6 +7,7 @@ The student is trained on eight levels; the four-step grid of inference gives th
 
 teacher= size of the teacher above nano: 14b (the default) or 1.3b
 i2v      the first frame is given, to student, teacher and critic
+flf2v    first and last frame are given; of the real sizes alone
 method=  sc_dmd (the default), dmd8 (the same grid without the term) or dmd (four levels)
 """
 
@@ -15,7 +16,12 @@ from configs import base
 
 def get_config(arg=None):
   arg = base.parse_arg(
-    arg, size=('1.3b', 'nano', '14b'), method=('sc_dmd', 'dmd8', 'dmd'), teacher='', i2v=False
+    arg,
+    size=('1.3b', 'nano', '14b'),
+    method=('sc_dmd', 'dmd8', 'dmd'),
+    teacher='',
+    i2v=False,
+    flf2v=False,
   )
   nano = arg.size == 'nano'
   config = base.common(
@@ -26,7 +32,8 @@ def get_config(arg=None):
     batch=4 if nano else 64,
   )
   config.model = base.dit(arg.size)
-  base.teach(config, arg.teacher, arg.i2v)
+  frames = arg.i2v or arg.flf2v
+  base.teach(config, arg.teacher, frames)
   config.rollout = base.rollout(arg.size, chunk=21)
   config.weights.init = config.weights.teacher if nano else config.weights.critic
   config.schedule = dict(steps=(4 if arg.method == 'dmd' else 8,), probs=(1.0,), shift=5.0)
@@ -41,7 +48,7 @@ def get_config(arg=None):
   config.data = dict(kind='captions' if nano else 'prompts', path='' if nano else 'prompts.txt')
   config.evaluate = dict(clips=16, rows=4, steps=(4, 2), teacher_steps=24, guidance=4.0)
   config.log.samples_every = 40 if nano else 0
-  if arg.i2v:
-    base.first_frames(config)
+  if frames:
+    base.first_frames(config, last=arg.flf2v)
     config.weights.init = config.weights.teacher
   return config

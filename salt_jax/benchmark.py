@@ -276,14 +276,17 @@ def export(args: flags.FlagValues) -> None:
     InputError: flags, prompts or a folder that do not fit.
   """
   generate.check(args)
-  if args.image:
-    raise InputError("--image has no use with --vbench: VBench's prompts come without pictures.")
+  for name in ('image', 'last_image'):
+    if getattr(args, name):
+      raise InputError(
+        f"--{name} has no use with --vbench: VBench's prompts come without pictures."
+      )
   wanted = items(args.vbench, args.extended, args.samples, args.flicker_samples)
   video.require_pyav('--vbench')
   _check_folder(args.output, wanted)
   texts = [item.text for item in wanted]
   with hosts.joined(args):
-    made = sample.generator(args, texts, seed=args.seed, pictures=False)
+    made = sample.generator(args, texts, seed=args.seed, continues=False)
     _check_record(args.output, record(made, wanted, args))
     _write(made, wanted, args)
 

@@ -251,9 +251,10 @@ def _check_tower(config: ConfigDict, name: str) -> None:
       'file as weights.clip.'
     )
   tower = section(ClipConfig, config, 'clip')
+  pictures = 1 + any(_values(config, f'{name}.image_positions'))
   for key, value, words in (
     ('image_dim', tower.dim, 'the width'),
-    ('image_len', tower.rows, 'the rows for one picture'),
+    ('image_len', pictures * tower.rows, f'the rows for {pictures} picture{"s"[: pictures - 1]}'),
   ):
     if key in model and model[key] != value:
       raise InputError(f'{name}.{key}={model[key]} must equal {value}, {words} of the CLIP tower.')
@@ -280,8 +281,8 @@ def _check_first_frames(config: ConfigDict) -> None:
   kind, wanted = config.data.kind, model.in_channels > z_dim
   if wanted and config.size != 'nano' and kind != 'store':
     raise InputError(
-      f'{config.name} has no clips to take first frames from: set data.kind=store, and data.path to a store of ids, '
-      'mask, condition and image.'
+      f'{config.name} has no clips to take first frames from: set data.kind=store, and data.path to what '
+      'salt_jax.precompute makes of pictures and prompts.'
     )
   if config.stage == 'selfforcing' and (kind in ('clips', 'store')) != wanted:
     kinds = 'clips, which have a first frame' if wanted else 'captions or prompts'
@@ -372,9 +373,11 @@ def _check_streaming(config: ConfigDict) -> None:
       f'streaming.frames={frames} must be at least rollout.frames + streaming.new = {roll.frames + new}, and at most '
       f'the {rope.MAX_FRAMES} positions of RoPE.'
     )
-  if config.streaming.causal and roll.window % roll.chunk:
+  sink = roll.sink if config.streaming.global_sink else 0
+  if config.streaming.causal and (roll.window - sink) % roll.chunk:
+    behind = f' but for the sink of {sink}' if sink else ''
     raise InputError(
-      f'streaming.causal recaches whole chunks: make rollout.window={roll.window} a multiple of {roll.chunk}.'
+      f'streaming.causal recaches whole chunks: make rollout.window={roll.window}{behind} a multiple of {roll.chunk}.'
     )
   for name in ('consistency', 'alignment'):
     if config.losses[name]:

@@ -156,18 +156,27 @@ def encode(
 
 def encode_known(
   params: PyTree,
-  images: UInt8[Array, 'b 1 h w 3'] | Float[Array, 'b 1 h w 3'],
+  images: UInt8[Array, 'b k h w 3'] | Float[Array, 'b k h w 3'],
   frames: int,
   cfg: vae.VAEConfig,
   part: int = 0,
 ) -> Float[Array, 'b f h w z']:
-  """Normalised latents of a video that is mid-grey behind its first frame, of levels 0 .. 255 (wan.md 5.5)."""
+  """Normalised latents of a video that is mid-grey but for its first frame, or first and last (wan.md 5.5).
+
+  Args:
+    params: of the VAE.
+    images: the frames that are known, of levels 0 .. 255.
+    frames: of the video.
+    cfg, part: as for `decode`.
+  """
 
   def parts(images):
     shape = images.shape[0], frames, *images.shape[2:]
     for start, end in spans(shape, cfg, part):
-      grey = jnp.zeros((shape[0], end - max(start, 1), *shape[2:]), jnp.float32)
-      yield grey if start else jnp.concatenate([to_unit(images), grey], axis=1)
+      first, last = images[:, : start == 0], images[:, 1:] if end == frames else images[:, :0]
+      count = end - start - first.shape[1] - last.shape[1]
+      grey = jnp.zeros((shape[0], count, *shape[2:]), jnp.float32)
+      yield jnp.concatenate([to_unit(first), grey, to_unit(last)], axis=1)
 
   return _encode(params, images, cfg, parts)
 

@@ -361,10 +361,12 @@ def streamed(rec: Recipe) -> dict[str, list[Part]]:
 
 def _recached(rec: Recipe) -> Part:
   """The pass over a window's frames when the prompt changes: their keys and values, so no head."""
-  chunking, frames = rec.chunking, rec.chunking.window
+  chunking = rec.chunking
+  sink = chunking.sink if rec.streaming.global_sink else 0
+  frames = chunking.window - sink
   chunk = chunking.chunk if rec.streaming.causal else frames
   alone = dataclasses.replace(chunking, frames=frames, chunk=chunk, window=None)
-  return _served('recache', _without_head(chunk_causal(rec.model, alone)))
+  return _served('recache', _without_head(chunk_causal(rec.model, alone, start=sink)))
 
 
 def _forced(cfg: WanConfig, rec: Recipe) -> list[Passes]:

@@ -103,12 +103,13 @@ def define_flags(samples: int) -> None:
     'steps',
     None,
     f'Denoising steps: 1 to {MAX_STEPS} of a student (by default {STEPS}), or of a teacher '
-    f'({teacher.STEPS}, image-to-video {teacher.STEPS_I2V}).',
+    f'({teacher.STEPS}, from its first frame {teacher.STEPS_I2V}).',
   )
   flags.DEFINE_float('guidance', None, 'Of a teacher: uncond + guidance (cond - uncond).')
   flags.DEFINE_float('shift', None, "Of a teacher's grid; by default Wan's for the size.")
   flags.DEFINE_string('negative', None, 'Unconditional prompt of a teacher; by default its own.')
   flags.DEFINE_string('image', None, 'First frame of the clips, for an image-to-video network.')
+  flags.DEFINE_string('last_image', None, 'Last frame besides, for a network that is given both.')
   flags.DEFINE_integer('samples', samples, 'Clips a prompt.', lower_bound=1)
   flags.DEFINE_integer('batch', 1, 'Clips at once on each device.', lower_bound=1)
   flags.DEFINE_integer(

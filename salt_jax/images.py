@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 CUBIC = -0.75  # torch's; jax.image.resize has -0.5, and blurs what it makes smaller
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -41,6 +41,15 @@ def clip_pixels(images: Float[Array, 'b h w 3'], size: int) -> Float[Array, 'b n
   """What the tower is given of pictures in [-1, 1]: squeezed to a square whatever their shape, then normalised."""
   squares = bicubic(images, (size, size)) * 0.5 + 0.5
   return (squares - jnp.array(MEAN)) / jnp.array(DEVIATION)
+
+
+def cropped(picture: UInt8[np.ndarray, 'h w c'], size: tuple[int, int]) -> UInt8[np.ndarray, '...']:
+  """The middle of a picture in the shape of (rows, columns), as large as it can be."""
+  height, width = picture.shape[:2]
+  rows = min(height, max(1, round(width * size[0] / size[1])))
+  columns = min(width, max(1, round(height * size[1] / size[0])))
+  top, left = (height - rows) // 2, (width - columns) // 2
+  return picture[top : top + rows, left : left + columns]
 
 
 def video_size(height: int, width: int, area: int) -> tuple[int, int]:

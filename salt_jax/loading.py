@@ -1,6 +1,8 @@
 """Which network a sampler is given: of a run, of a file that a run exported, or of any file and its config."""
 
+import math
 import os
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -85,31 +87,53 @@ def first_image(
   """The picture that an I2V network begins with; those of the nano world have one size, others are `fitted` to theirs.
 
   Raises:
-    InputError: the student takes none or wants one, or it is no picture, or for nano of another size.
+    InputError: the student takes none or wants one, or it is no picture, too narrow, or for nano of another size.
   """
   if not rec.model.frame_channels:
     if path:
-      raise InputError(f'--image={path} has no use: this student is given text alone.')
+      raise InputError(f'--image={path} has no use: this network is given text alone.')
     return None
   size = config.video.height, config.video.width
   if not path:
-    raise InputError(
-      f'pass --image: this student continues a picture of {size[1]}x{size[0]} pixels.'
-    )
+    shape = f' of {size[1]}x{size[0]} pixels' if config.size == 'nano' else ''
+    raise InputError(f'pass --image: this network continues a picture{shape}.')
   image = video.read_image(path)
   if config.size == 'nano' and image.shape[:2] != size:
     raise InputError(
       f'--image={path} is {image.shape[1]}x{image.shape[0]}: scale it to {size[1]}x{size[0]} pixels.'
     )
+  if config.size != 'nano' and not all(images.video_size(*image.shape[:2], math.prod(size))):
+    raise InputError(
+      f'--image={path} is {image.shape[1]}x{image.shape[0]}, too narrow for a video of its shape: crop it.'
+    )
   return image
 
 
-def fitted(
-  config: ConfigDict, rec: Recipe, picture: UInt8[np.ndarray, 'h w 3']
-) -> tuple[ConfigDict, Recipe, Float[Array, '1 1 rows columns 3']]:
-  """Config and recipe for a video of the picture's shape and the config's area, and its first frame (wan.md 5.5).
+def given_pictures(
+  paths: Sequence[str | None], config: ConfigDict, rec: Recipe
+) -> list[UInt8[np.ndarray, 'h w 3']]:
+  """The pictures of a network that is given none, a first frame, or first and last, of --image and --last_image.
 
-  The frame is as torch resizes it: not antialiased, and neither rounded nor clamped to 0 .. 255.
+  Raises:
+    InputError: as `first_image`, or a last frame too many or too few.
+  """
+  first, last = paths
+  image = first_image(first, config, rec)
+  two = image is not None and rec.model.pictures == 2
+  if last and not two:
+    raise InputError(f'--last_image={last} has no use: this network is not given a last frame.')
+  if two and not last:
+    raise InputError('pass --last_image: this network is given the last frame besides the first.')
+  return [x for x in (image, video.read_image(last) if last else None) if x is not None]
+
+
+def fitted(
+  config: ConfigDict, rec: Recipe, picture: UInt8[np.ndarray, 'h w 3'], *others: np.ndarray
+) -> tuple[ConfigDict, Recipe, Float[Array, '1 k rows columns 3']]:
+  """Config and recipe for a video of the picture's shape and the config's area, and its known frames (wan.md 5.5).
+
+  Frames are as torch resizes them: not antialiased, and neither rounded nor clamped to 0 .. 255. Of the others the
+  middle is taken, in the picture's shape.
   """
   size = config.video.height, config.video.width
   if config.size != 'nano':
@@ -117,7 +141,9 @@ def fitted(
     size = images.video_size(*picture.shape[:2], size[0] * size[1])
     config.video.height, config.video.width = size
     rec = recipe.build(config)
-  return config, rec, images.bicubic(jnp.asarray(picture, jnp.float32), size)[None, None]
+  parts = picture, *(images.cropped(other, picture.shape[:2]) for other in others)
+  frames = [images.bicubic(jnp.asarray(part, jnp.float32), size) for part in parts]
+  return config, rec, jnp.stack(frames)[None]
 
 
 def load_teacher(

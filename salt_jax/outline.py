@@ -128,7 +128,7 @@ def given(config: ConfigDict, rec: Recipe, rows: int) -> dict[str, jax.ShapeDtyp
   if rec.model.frame_channels:
     fields['condition'] = jax.ShapeDtypeStruct((rows, *latent_shape(config)), np.float16)
   if rec.model.image_dim:
-    fields['image'] = jax.ShapeDtypeStruct((rows, rec.clip.rows, rec.clip.dim), np.float16)
+    fields['image'] = jax.ShapeDtypeStruct((rows, rec.model.image_len, rec.clip.dim), np.float16)
   return fields
 
 

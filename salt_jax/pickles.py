@@ -5,7 +5,6 @@ A pickle is a program. The reader lets it name a handful of things and no others
 storages, and the functions that make tensors of storages. Even these are stand-ins of our own.
 """
 
-import collections
 import io
 import pickle
 import pickletools
@@ -40,6 +39,15 @@ _OPCODES = {
   *('NEXT_BUFFER', 'READONLY_BUFFER'),
 }
 _MEMO = {'PUT', 'BINPUT', 'LONG_BINPUT'}
+
+
+class _Dict(dict):
+  """What an OrderedDict becomes: attributes, such as a state dict's `_metadata`, would hide its own methods."""
+
+  __slots__ = ()
+
+  def __setstate__(self, state):
+    del state
 
 
 class _Type(NamedTuple):
@@ -137,7 +145,7 @@ class _Reader(pickle.Unpickler):
     self._path = path
     rebuild = _Rebuild(path, members)
     self._known = {
-      ('collections', 'OrderedDict'): collections.OrderedDict,
+      ('collections', 'OrderedDict'): _Dict,
       ('torch._utils', '_rebuild_tensor'): rebuild,
       ('torch._utils', '_rebuild_tensor_v2'): rebuild,
       ('torch._utils', '_rebuild_parameter'): _Parameter(),

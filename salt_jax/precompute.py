@@ -2,9 +2,8 @@
 
   python -m salt_jax.precompute --config=configs/selfforcing.py:1.3b --prompts=prompts.txt --output=texts
 
-encodes a file of prompts for `data.kind=text_store`, `data.path=texts`; training then needs no text encoder.
-Each process writes the shards whose number is its own modulo the process count; a killed run goes on at the first
-missing shard.
+is `precompute_cli`. Each process writes the shards whose number is its own modulo the process count; a killed run goes
+on at the first missing shard.
 """
 
 import dataclasses
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from salt_jax import cli, codec, data, images, recipe, text_store, weights
+from salt_jax import codec, data, images, recipe, weights
 from salt_jax.diffusion import flow, forcing, solvers
 from salt_jax.errors import InputError
 from salt_jax.models import clip, wan
@@ -50,9 +49,9 @@ def _from(
 
 
 def first_frames(rec: Recipe, frames: int) -> Callable:
-  """`(VAE parameters, uint8 first frames [b 1 h w 3]) -> float16 [b f h w z]`: a batch's field `condition`.
+  """`(VAE parameters, uint8 known frames [b k h w 3]) -> float16 [b f h w z]`: a batch's field `condition`.
 
-  They are the latents of a video of `frames` that is grey behind its first frame (wan.md 5.5).
+  They are the latents of a video of `frames` that is grey but for these (`codec.encode_known`).
   """
   return lambda params, first: codec.encode_known(params, first, frames, rec.vae).astype(
     jnp.float16
@@ -60,18 +59,21 @@ def first_frames(rec: Recipe, frames: int) -> Callable:
 
 
 def image_rows(rec: Recipe) -> Callable:
-  """`(CLIP parameters, uint8 pictures [b h w 3]) -> float16 [b rows d]`: a batch's field `image`."""
-  return jax.jit(
-    lambda params, pictures: clip.encode(
-      params, images.clip_pixels(to_unit(pictures), rec.clip.size), rec.clip
-    ).astype(jnp.float16)
+  """`(CLIP parameters, uint8 pictures [b h w 3]) -> float16 [b rows d]`: a batch's field `image`.
+
+  The tower is one program, whatever shape the pictures have.
+  """
+  encode = jax.jit(lambda params, x: clip.encode(params, x, rec.clip).astype(jnp.float16))
+  return lambda params, pictures: encode(
+    params, images.clip_pixels(to_unit(pictures), rec.clip.size)
   )
 
 
 def given(config: ConfigDict, rec: Recipe) -> Callable[..., dict]:
-  """`(uint8 first frames [b 1 h w 3], pictures [b h w 3] if CLIP is to see others) -> fields of a batch`.
+  """`(uint8 known frames [b k h w 3], k pictures [b h w 3] if CLIP is to see others) -> fields of a batch`.
 
-  They are `condition`, and `image` if the model takes rows of CLIP; for T2V there are none.
+  They are `condition`, and `image` if the model takes rows of CLIP, of first and last frame one behind the other; for
+  T2V there are none.
 
   Raises:
     InputError: a missing, damaged or other-sized file.
@@ -79,27 +81,29 @@ def given(config: ConfigDict, rec: Recipe) -> Callable[..., dict]:
   if not rec.model.frame_channels:
     return lambda first, pictures=None: {}
   weights.require(config, ('vae', 'clip') if rec.model.image_dim else ('vae',))
-  vae_params = weights.load(config.weights.vae, 'vae', rec.vae)
+  vae_params = jax.device_put(weights.load(config.weights.vae, 'vae', rec.vae))
   encode = first_frames(rec, config.video.frames)
   if not rec.model.image_dim:
     return lambda first, pictures=None: {'condition': encode(vae_params, first)}
-  clip_params, see = weights.load(config.weights.clip, 'clip', rec.clip), image_rows(rec)
+  clip_params = jax.device_put(weights.load(config.weights.clip, 'clip', rec.clip))
+  see = image_rows(rec)
 
   def both(first, pictures=None):
-    pictures = first[:, 0] if pictures is None else pictures
-    return {'condition': encode(vae_params, first), 'image': see(clip_params, pictures)}
+    pictures = jnp.moveaxis(first, 1, 0) if pictures is None else pictures
+    rows = [see(clip_params, picture) for picture in pictures]
+    return {'condition': encode(vae_params, first), 'image': jnp.concatenate(rows, axis=1)}
 
   return both
 
 
-def _fields(config: ConfigDict, rec: Recipe, **own: Field) -> dict[str, Field]:
+def fields_of(config: ConfigDict, rec: Recipe, **own: Field) -> dict[str, Field]:
   """A store's own fields, the prompts, and for I2V what conditions on the first frame."""
   length = rec.text_length
   fields = own | {'ids': Field((length,), 'int32'), 'mask': Field((length,), 'bool')}
   if rec.model.frame_channels:
     fields['condition'] = Field(recipe.latent_shape(config), 'float16')
   if rec.model.image_dim:
-    fields['image'] = Field((rec.clip.rows, rec.clip.dim), 'float16')
+    fields['image'] = Field((rec.model.image_len, rec.clip.dim), 'float16')
   return fields
 
 
@@ -131,7 +135,7 @@ def conditions(config: ConfigDict, rec: Recipe, folder: str) -> str:
   """Captions of `latents.count` training clips and their first frames; fields condition, ids, mask."""
   batch, facts = config.latents.batch, {'seed': config.seed, 'video': dict(config.video)}
   clips, common = _clips(config, rec, 1, batch), _conditioner(config, rec)
-  fields = _fields(config, rec)
+  fields = fields_of(config, rec)
   return fill(
     folder, fields, _shards(config.latents.count, batch), facts, lambda n: common(clips(n))
   )
@@ -151,7 +155,7 @@ def latents(config: ConfigDict, rec: Recipe, folder: str) -> str:
     item = clips(number)
     return {'latents': np.asarray(run(item['video']))} | common(item)
 
-  fields = _fields(config, rec, latents=Field(recipe.latent_shape(config), 'float16'))
+  fields = fields_of(config, rec, latents=Field(recipe.latent_shape(config), 'float16'))
   return fill(folder, fields, _shards(config.latents.count, batch), facts, make)
 
 
@@ -163,7 +167,7 @@ def given_store(config: ConfigDict, rec: Recipe, **own: Field) -> str:
   """
   folder = config.data.path
   have = Store(folder).fields
-  for name, field in _fields(config, rec, **own).items():
+  for name, field in fields_of(config, rec, **own).items():
     if name not in have or have[name].shape != field.shape:
       found = have[name].shape if name in have else 'absent'
       raise InputError(
@@ -203,7 +207,7 @@ def ode_pairs(
   served = {'teacher': teacher, 'frozen': frozen}
   served = split_locally(served, mesh, config.rules, config.shard_min_size)
   shape = recipe.latent_shape(config)
-  fields = _fields(config, rec, trajectory=Field((keep + 1, *shape), 'float16'))
+  fields = fields_of(config, rec, trajectory=Field((keep + 1, *shape), 'float16'))
   sigmas = flow.few_step_sigmas(pairs.steps, rec.schedule.shift)
 
   @jax.jit
@@ -220,7 +224,7 @@ def ode_pairs(
     batches, common = _clips(config, rec, 1, pairs.batch), _conditioner(config, rec)
   else:
     batches = _from(prompts, pairs.batch, config)
-    common = functools.partial(_taken, tuple(_fields(config, rec)))
+    common = functools.partial(_taken, tuple(fields_of(config, rec)))
 
   def make(number):
     item = batches(number)
@@ -279,10 +283,12 @@ def causal_pairs(config: ConfigDict, rec: Recipe, frozen: dict, clean: str, fold
       'mask': batch['mask'],
     }
 
-  fields = _fields(config, rec, trajectory=Field((keep + 2, *shape), 'float32'))
+  fields = fields_of(config, rec, trajectory=Field((keep + 2, *shape), 'float32'))
   facts = {'seed': config.seed, 'pairs': dict(pairs), 'shift': rec.schedule.shift}
   return fill(folder, fields, _shards(pairs.count, pairs.batch), facts, make)
 
 
 if __name__ == '__main__':
-  cli.run(text_store.program, text_store.define_flags)
+  from salt_jax import cli, precompute_cli
+
+  cli.run(precompute_cli.program, precompute_cli.define_flags)

@@ -9,22 +9,24 @@ from typing import NamedTuple
 
 from salt_jax.errors import InputError
 
-NEGATIVE = 'negative'
+FIELDS = ('negative', 'image', 'last_image')
 
 
 class Entry(NamedTuple):
-  """A prompt, and what guidance steers away from if not from the config's negative prompt."""
+  """A prompt, what guidance steers away from if not from the config's negative prompt, and pictures in files."""
 
   prompt: str
   negative: str | None = None
+  image: str | None = None
+  last_image: str | None = None
 
 
 def read(path: str) -> list[Entry]:
   """Reads prompts by the file's suffix.
 
-  `.jsonl` has on each line a string, or an object with `prompt` and, if wanted, `negative`; `.csv` a header with a
-  column `prompt` and, if wanted, `negative`; any other file one prompt a line. What else stands in an object or a row
-  is not read.
+  `.jsonl` has on each line a string, or an object with `prompt` and, if wanted, `negative`, `image` and `last_image`;
+  `.csv` a header with a column `prompt` and, if wanted, these; any other file one prompt a line. What else stands in an
+  object or a row is not read. Pictures are found from the file's own folder.
 
   Raises:
     InputError: the file is missing, not UTF-8 text, or holds no prompt; or a line is empty or wrong, by its number.
@@ -47,14 +49,14 @@ def read(path: str) -> list[Entry]:
   return entries
 
 
-# Number in the file, prompt and negative prompt as they stand there.
-Line = tuple[int, object, object]
+# Number in the file, prompt, and the others of `FIELDS`, as they stand there.
+Line = tuple[int, object, list]
 
 
 def _plain(text: str, path: str) -> Iterator[Line]:
   del path
   for number, line in enumerate(_lines(text), 1):
-    yield number, line, None
+    yield number, line, [None] * len(FIELDS)
 
 
 def _lines(text: str) -> list[str]:
@@ -74,7 +76,7 @@ def _json_lines(text: str, path: str) -> Iterator[Line]:
     fields = item if isinstance(item, dict) else {'prompt': item}
     if 'prompt' not in fields:
       raise InputError(f'line {number} of prompt file {path} has no "prompt": add it.')
-    yield number, fields['prompt'], fields.get(NEGATIVE)
+    yield number, fields['prompt'], [fields.get(name) for name in FIELDS]
 
 
 def _csv_rows(text: str, path: str) -> Iterator[Line]:
@@ -90,7 +92,7 @@ def _csv_rows(text: str, path: str) -> Iterator[Line]:
         f'line {reader.reader.line_num} of prompt file {path} does not have the {len(header)} fields of its header: '
         'quote texts that hold commas.'
       )
-    yield reader.reader.line_num, row['prompt'], row.get(NEGATIVE) or None
+    yield reader.reader.line_num, row['prompt'], [row.get(name) or None for name in FIELDS]
 
 
 def _guarded(read_on: Callable, reader: csv.DictReader, path: str):
@@ -102,10 +104,12 @@ def _guarded(read_on: Callable, reader: csv.DictReader, path: str):
     ) from error
 
 
-def _checked(path: str, number: int, prompt: object, negative: object) -> Entry:
-  if not isinstance(prompt, str) or not isinstance(negative, str | None):
-    word = 'prompt' if not isinstance(prompt, str) else NEGATIVE
-    raise InputError(f'line {number} of prompt file {path}: "{word}" must be a string.')
+def _checked(path: str, number: int, prompt: object, others: list) -> Entry:
+  for name, value in zip(('prompt', *FIELDS), (prompt, *others), strict=True):
+    if not isinstance(value, str if name == 'prompt' else str | None):
+      raise InputError(f'line {number} of prompt file {path}: "{name}" must be a string.')
   if not prompt.strip():
     raise InputError(f'line {number} of prompt file {path} is empty: remove it or fill it.')
-  return Entry(prompt.strip(), negative)
+  negative, *named = others
+  folder = os.path.dirname(path)
+  return Entry(prompt.strip(), negative, *(os.path.join(folder, x) if x else None for x in named))

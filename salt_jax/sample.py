@@ -31,6 +31,7 @@ from salt_jax import (
   codec,
   generate,
   hosts,
+  images,
   precompute,
   recipe,
   sharding,
@@ -43,7 +44,7 @@ from salt_jax.checks import MAX_STEPS
 from salt_jax.diffusion import flow, rollout, solvers, streaming
 from salt_jax.errors import InputError
 from salt_jax.generate import STEPS, Generator
-from salt_jax.loading import first_image, fitted, load, load_teacher
+from salt_jax.loading import fitted, given_pictures, load, load_teacher
 from salt_jax.models import rope, wan
 from salt_jax.models.prompt import Prompt
 from salt_jax.recipe import Recipe
@@ -258,7 +259,7 @@ def _check_switches(frames: list[int], rec: Recipe) -> None:
 
 
 def generator(
-  args: flags.FlagValues, prompts: Sequence[str], seed: int | None = None, pictures: bool = True
+  args: flags.FlagValues, prompts: Sequence[str], seed: int | None = None, continues: bool = True
 ) -> Generator:
   """Loads what the flags name.
 
@@ -266,7 +267,7 @@ def generator(
     args: of `define_flags`.
     prompts: what will be asked for, to be refused before anything is compiled.
     seed: of the noise; by default the one that the network was trained with.
-    pictures: whether a network that continues a picture is of use.
+    continues: whether a network that continues a picture is of use.
 
   Raises:
     InputError: a checkpoint or an image that does not fit the sampler, or a prompt that cannot be read.
@@ -278,18 +279,18 @@ def generator(
   else:
     config, rec, params = load(args.checkpoint, given)
     cfg, networks = rec.model, {'dit': params}
-  if cfg.frame_channels and not pictures:
+  if cfg.frame_channels and not continues:
     raise InputError(
       f'{args.checkpoint} continues a picture, and the prompts of --vbench come without: pass a text-to-video network.'
     )
-  image = first_image(args.image, config, rec)
-  if image is not None:
-    config, rec, first = fitted(config, rec, image)
+  pictures = given_pictures((args.image, args.last_image), config, rec)
+  if pictures:
+    config, rec, known = fitted(config, rec, *pictures)
   rec = rec if seed is None else dataclasses.replace(rec, seed=seed)
   names = 'vae', *({'text'} - networks.keys())
   weights.require(config, names)
   stages.tokenizer(config, rec)(list(prompts))
-  given_image = () if image is None else _given(config, rec, first, image)
+  given_image = _given(config, rec, known, pictures) if pictures else ()
   frozen = stages.serving(config, rec, *names)
   frozen |= {'text': networks.get('text', frozen.get('text'))} | _negative(args, config, rec)
   mesh, params, frozen = placed(config, networks['dit'], frozen)
@@ -315,9 +316,11 @@ def placed(config: ConfigDict, params: PyTree, frozen: dict) -> tuple[Mesh, PyTr
   return mesh, split.pop('generator'), split | {'vae': vae}
 
 
-def _given(config: ConfigDict, rec: Recipe, first: Array, image: np.ndarray) -> tuple[Array, ...]:
-  """What a batch of one clip is given of a picture: CLIP sees it as it is, the VAE as it was `fitted`."""
-  return tuple(precompute.given(config, rec)(first, image[None]).values())
+def _given(config: ConfigDict, rec: Recipe, known: Array, pictures: Sequence) -> tuple[Array, ...]:
+  """What a batch of one clip is given of pictures: CLIP sees them whole, but the last in the shape of the first, the
+  VAE as they were `fitted`."""
+  seen = [images.cropped(picture, pictures[0].shape[:2])[None] for picture in pictures]
+  return tuple(precompute.given(config, rec)(known, seen).values())
 
 
 def _negative(args, config: ConfigDict, rec: Recipe) -> dict:
@@ -404,9 +407,9 @@ def _stream(args: flags.FlagValues) -> None:
   config, rec, params = load(args.checkpoint, args.config if cli.config_is_given() else None)
   rec = lengthened(config, rec, args.frames)
   _check_switches(args.switch_at, rec)
-  image = first_image(args.image, config, rec)
-  if image is not None:
-    config, rec, first = fitted(config, rec, image)
+  pictures = given_pictures((args.image, args.last_image), config, rec)
+  if pictures:
+    config, rec, known = fitted(config, rec, *pictures)
   frozen = stages.serving(config, rec, 'text', 'vae')
   mesh, params, frozen = placed(config, params, frozen)
   ids, mask = stages.tokenizer(config, rec)(list(args.prompt))
@@ -416,8 +419,8 @@ def _stream(args: flags.FlagValues) -> None:
   ]
   count = 1 if switches else len(ids)
   batch = ids[:count], mask[:count], args.seed + np.arange(count, dtype=np.int32)
-  if image is not None:
-    fields = _given(config, rec, first, image)
+  if pictures:
+    fields = _given(config, rec, known, pictures)
     batch += tuple(np.repeat(np.asarray(x), count, axis=0) for x in fields)
   began = time.monotonic()
   parts = []

@@ -138,9 +138,10 @@ def _part(path: str, content: Any, entry: str) -> tuple[dict[str, Tensor], str, 
   if entry and entry not in parts:
     known = ', '.join(map(str, parts)) or 'none: the file is one network'
     raise InputError(f'--entry={entry} is not in {path}; known are {known}.')
+  if not entry and not bare and not parts:
+    raise InputError(f'{path} holds no tensors; give a file of weights.')
   if not entry and not bare:
-    known = ', '.join(map(str, parts)) or 'no tensors'
-    raise InputError(f'{path} holds {known}; name one with --entry.')
+    raise InputError(f'{path} holds {", ".join(map(str, parts))}; name one with --entry.')
   taken = parts[entry] if entry else bare
   rest = [str(name) for name in content if name != entry and name not in taken]
   inner = content[entry] if entry else {}

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from salt_jax import optim
 from salt_jax.diffusion import flow
-from salt_jax.diffusion.conditioning import condition
+from salt_jax.diffusion.conditioning import KNOWN, condition
 from salt_jax.diffusion.draws import Draw
 from salt_jax.diffusion.rollout import Trace, rollout, velocity
 from salt_jax.losses.alignment import alignment_loss, when
@@ -75,7 +75,9 @@ def negatives(frozen, batch, count: int) -> dict[str, Array]:
 
 def given_frames(batch, recipe: Recipe) -> Float[Array, 'b f h w c'] | None:
   """`Prompt.frames` of a batch: the mask, and its field `condition` (`precompute.first_frames`); None for T2V."""
-  return condition(batch['condition']) if recipe.model.frame_channels else None
+  if not recipe.model.frame_channels:
+    return None
+  return condition(batch['condition'], KNOWN[recipe.model.pictures])
 
 
 def given_image(batch, recipe: Recipe) -> Float[Array, 'b i e'] | None:

@@ -17,7 +17,7 @@ from salt_jax.step import conditioning
 MAX_STEPS = flow.TRAIN_STEPS
 GUIDANCE = 5.0  # of every task of Wan (wan.md 5.4)
 STEPS, STEPS_I2V = 50, 40
-SHIFT, SHIFT_SMALL_I2V = 5.0, 3.0
+SHIFT, SHIFT_SMALL_I2V, SHIFT_FLF2V = 5.0, 3.0, 16.0
 SMALL = 480 * 832  # pixels of a frame up to which I2V has its own shift
 
 
@@ -40,10 +40,12 @@ def settings(args, config: ConfigDict) -> Settings:
   """What the flags say, and for the rest Wan's own defaults, or the report's in the nano world."""
   own = config.evaluate if config.size == 'nano' else {}
   given_frames = config.model.in_channels > config.vae.z_dim
-  shift = own.get('shift', wan_shift(config.video.height, config.video.width, given_frames))
+  last = 'image_positions' in config.model and config.model.image_positions
+  wans = wan_shift(config.video.height, config.video.width, given_frames)
+  shift = own.get('shift', SHIFT_FLF2V if last else wans)
   return Settings(
     solver=args.sampler,
-    steps=args.steps or (STEPS_I2V if given_frames else STEPS),
+    steps=args.steps or (STEPS_I2V if given_frames and not last else STEPS),
     shift=shift if args.shift is None else args.shift,
     guidance=own.get('guidance', GUIDANCE) if args.guidance is None else args.guidance,
   )

@@ -1,27 +1,23 @@
-"""Prompts encoded once, so that training needs no text encoder: what `salt_jax.precompute` makes as a program.
+"""Prompts encoded once, so that training needs no text encoder: what `salt_jax.precompute` makes of text-to-video.
 
 The rows of a prompt are kept as many as its tokens, and padded when they are read (`data.text_store`).
 """
 
-import logging
 import os
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from salt_jax import cli, data, hosts, recipe, tokens, weights
+from salt_jax import data, tokens, weights
 from salt_jax.errors import InputError
 from salt_jax.models import text
 from salt_jax.recipe import Recipe
 from salt_jax.sharding import local_mesh, over_local_devices, split_locally
 from salt_jax.store import Field, Store, fill, sha256
-
-log = logging.getLogger('salt_jax.text_store')
 
 _BUCKET = 64  # encoded lengths are multiples of it, so that short prompts cost less and few programs are compiled
 
@@ -118,25 +114,3 @@ def negative_rows(config: ConfigDict, rec: Recipe) -> Float[np.ndarray, 'n d']:
         'encode the prompts again, or set the config back.'
       )
   return own[0]['text']
-
-
-def define_flags() -> None:
-  cli.define_config('Experiment whose text encoder it is, such as configs/selfforcing.py:nano.')
-  flags.DEFINE_string('prompts', None, 'File of prompts: lines of text, .jsonl or .csv.')
-  flags.DEFINE_string('output', None, 'Folder of the store.')
-  flags.DEFINE_integer('batch', 64, 'Prompts encoded at once, and in a shard.', lower_bound=1)
-  hosts.define_flags('Join the other hosts of a slice; each encodes its share of the shards.')
-
-
-def program() -> None:
-  args = flags.FLAGS
-  for name, what in (('config', 'an experiment'), ('prompts', 'a file'), ('output', 'a folder')):
-    if not args[name].value:
-      raise InputError(f'pass {what} as --{name}.')
-  config = args.config
-  rec = recipe.build(config)
-  cli.check_folder('output', args.output)
-  with hosts.joined(args):
-    hosts.check_same(config, args.output)
-    store = Store(texts(config, rec, args.prompts, args.output, args.batch))
-    log.info('%d prompts are in %s', len(store), args.output)

@@ -133,7 +133,7 @@ def _args(student, folder, **changes):
     extended=str(longer),
     output=str(folder / 'out'),
     **dict(samples=2, flicker_samples=None, sampler='student', steps=1, guidance=None, shift=None),
-    **dict(negative=None, image=None, batch=2, seed=0, config=None),
+    **dict(negative=None, image=None, last_image=None, batch=2, seed=0, config=None),
     **dict(multihost=False, coordinator=None, host_count=None, host=None),
   )
   return types.SimpleNamespace(**(fields | changes))

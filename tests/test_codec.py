@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from salt_jax import codec, codec_memory
-from salt_jax.diffusion.conditioning import known_video
+from salt_jax.diffusion.conditioning import FIRST, FIRST_AND_LAST, known_video
 from salt_jax.errors import InputError
 from salt_jax.models import vae
 from salt_jax.step import to_bytes, to_unit
@@ -58,10 +58,12 @@ def test_a_video_encoded_in_parts_is_the_whole_video(part):
   np.testing.assert_allclose(got, encode(tiny_params(), to_unit(VIDEO), TINY), **EXACT)
 
 
+@pytest.mark.parametrize('where', [FIRST, FIRST_AND_LAST])
 @pytest.mark.parametrize('part', [1, 20])
-def test_a_first_frame_before_grey_is_its_known_video(part):
-  got = codec.encode_known(tiny_params(), VIDEO[:, :1], 25, TINY, part)
-  known = known_video(to_unit(VIDEO[:, :1]), 25)
+def test_known_frames_in_grey_are_their_known_video(part, where):
+  images = VIDEO[:, : len(where)]
+  got = codec.encode_known(tiny_params(), images, 25, TINY, part)
+  known = known_video(to_unit(images), 25, where)
   np.testing.assert_allclose(got, encode(tiny_params(), known, TINY), **EXACT)
 
 

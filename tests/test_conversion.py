@@ -81,7 +81,7 @@ def test_heads_of_a_gan_are_left_out_and_reported(tmp_path):
   'content, words',
   [
     ([torch.ones(2)], 'holds no dictionary of weights'),
-    ({'step': 3}, 'holds no tensors; name one with --entry.'),
+    ({'step': 3}, 'holds no tensors; give a file of weights.'),
     ({'a': torch.ones(2)}, 'the dit network has no weights named a; is it a file of another model'),
   ],
 )

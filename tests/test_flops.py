@@ -341,6 +341,12 @@ def test_streams_are_the_mean_over_their_clips():
     assert found['recache'].flops == pytest.approx(sum(recache.values()) / 2)
   assert parts['generator']['student'].flops == pytest.approx(student)
   assert set(parts['critic']) == {'text', 'rollout', 'recache', 'critic'}
+  # Behind a sink that stays the other four frames are cached anew, which see it too.
+  config.streaming.global_sink = True
+  kept = flops.of_steps(config, recipe.build(config))['critic']
+  recache = flops.forward(cfg, 4, frame, 4 * 5 * frame**2) | {'head': 0}
+  found = next(part for part in kept if part.name == 'recache')
+  assert found.flops == pytest.approx(sum(recache.values()) / 2)
 
 
 def test_the_table_adds_up():

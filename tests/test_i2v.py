@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs import selfforcing
 from salt_jax import (
   clips,
   codec,
   evaluate,
+  loading,
   precompute,
   recipe,
   sample,
@@ -162,20 +164,27 @@ def test_pictures_that_do_not_fit_are_refused(world, tmp_path):
   (tmp_path / 'text.png').write_text('no picture')
   (tmp_path / 'cut.png').write_bytes((tmp_path / 'red.png').read_bytes()[:50])
   (tmp_path / 'folder.png').mkdir()
-  assert sample.first_image(str(tmp_path / 'red.png'), config, rec)[0, 0].tolist() == [255, 0, 0]
+  assert loading.first_image(str(tmp_path / 'red.png'), config, rec)[0, 0].tolist() == [255, 0, 0]
   text_alone = dataclasses.replace(rec, model=dataclasses.replace(rec.model, in_channels=16))
   for path, given, sentence in (
-    (None, rec, 'pass --image: this student continues a picture of 32x32 pixels.'),
+    (None, rec, 'pass --image: this network continues a picture of 32x32 pixels.'),
     (tmp_path / 'wide.png', rec, 'wide.png is 48x32: scale it to 32x32 pixels.'),
     (tmp_path / 'text.png', rec, 'text.png cannot be read as a picture'),
     (tmp_path / 'cut.png', rec, 'cut.png cannot be read as a picture'),
     (tmp_path / 'folder.png', rec, 'folder.png cannot be read as a picture'),
     (tmp_path / 'none.png', rec, 'none.png cannot be read as a picture'),
-    (tmp_path / 'red.png', text_alone, 'has no use: this student is given text alone.'),
+    (tmp_path / 'red.png', text_alone, 'has no use: this network is given text alone.'),
   ):
     with pytest.raises(InputError, match=sentence):
-      sample.first_image(path and str(path), config, given)
-  assert sample.first_image(None, config, text_alone) is None
+      loading.first_image(path and str(path), config, given)
+  assert loading.first_image(None, config, text_alone) is None
+  Image.new('RGB', (4000, 1)).save(tmp_path / 'line.png')
+  real = selfforcing.get_config('14b,i2v')
+  with pytest.raises(InputError, match='line.png is 4000x1, too narrow for a video of its shape'):
+    loading.first_image(str(tmp_path / 'line.png'), real, rec)
+  assert loading.first_image(str(tmp_path / 'wide.png'), real, rec).shape == (32, 48, 3)
+  with pytest.raises(InputError, match='pass --image: this network continues a picture.$'):
+    loading.first_image(None, real, rec)
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """Files of torch.save, against torch itself, without it, and as an attacker would write them."""
 
-import collections
 import io
 import os
 import pickle
@@ -49,7 +48,7 @@ def test_every_tensor_is_what_torch_saved(tmp_path, protocol):
   torch.save(content, path, pickle_protocol=protocol)
   got = pickles.load(str(path))
   assert got['b'][1] == (1, None, 'two', 3.0, True)
-  assert isinstance(got['b'][0], collections.OrderedDict)
+  assert list(got['b'][0]) == list(module) and not hasattr(got['b'][0], '_metadata')
   for name, want in (tensors() | dict(module)).items():
     tensor = got['a'][name] if name in got['a'] else got['b'][0][name]
     if name != 'parameter':
@@ -190,6 +189,17 @@ def _built(state: bytes) -> bytes:
 def test_a_pickle_cannot_change_the_reader(tmp_path, state):
   path = tmp_path / 'x.pt'
   write_zip(path, _built(state))
+  with pytest.raises(InputError, match='a pickle that makes no sense'):
+    pickles.load(str(path))
+
+
+def test_a_state_cannot_hide_what_a_dictionary_does(tmp_path):
+  """`items` as an attribute of an OrderedDict would end whoever asks for its items; of its class, everybody."""
+  path, state = tmp_path / 'x.pt', b'}' + _text('items') + b'K\x05sb.'
+  known = b'\x80\x02' + _global('collections', 'OrderedDict')
+  write_zip(path, known + b')R' + state)
+  assert list(pickles.load(str(path)).items()) == []
+  write_zip(path, known + state)
   with pytest.raises(InputError, match='a pickle that makes no sense'):
     pickles.load(str(path))
 

@@ -50,6 +50,19 @@ def test_negative_prompts_belong_to_their_line(tmp_path, name, content):
 
 
 @pytest.mark.parametrize(
+  'name, content',
+  [
+    ('p.jsonl', '{"prompt": "a", "image": "x/1.png"}\n{"prompt": "d", "image": "/y.png"}\n"e"'),
+    ('p.csv', 'image,prompt\nx/1.png,a\n/y.png,d\n,e\n'),
+  ],
+)
+def test_pictures_are_found_from_the_folder_of_the_file(tmp_path, name, content):
+  first = str(tmp_path / 'x' / '1.png')
+  wanted = [Entry('a', None, first), Entry('d', None, '/y.png'), Entry('e')]
+  assert prompts.read(write(tmp_path, name, content)) == wanted
+
+
+@pytest.mark.parametrize(
   'name, content, sentence',
   [
     ('p.txt', None, 'is missing: write one prompt a line there.'),

@@ -45,7 +45,9 @@ def _file(folder):
 
 def _args(path, **changes):
   """What `generator` reads of the flags."""
-  fields = dict(sampler='unipc', steps=3, guidance=None, shift=None, negative=None, image=None)
+  fields = dict(
+    sampler='unipc', steps=3, guidance=None, shift=None, negative=None, image=None, last_image=None
+  )
   return types.SimpleNamespace(checkpoint=path, config=None, **(fields | changes))
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from absl import flags
+from PIL import Image
 
 from configs import selfforcing
-from salt_jax import cli, convert, data, recipe, stages, text_store, tokens, train
+from salt_jax import cli, convert, data, precompute_cli, recipe, stages, text_store, tokens, train
 from salt_jax.errors import InputError
 from salt_jax.models import text
 from salt_jax.store import Store
@@ -205,7 +206,7 @@ def arguments(monkeypatch):
 
   def run(*args):
     monkeypatch.setattr(sys, 'argv', ['precompute', *args])
-    cli.run(text_store.program, text_store.define_flags)
+    cli.run(precompute_cli.program, precompute_cli.define_flags)
 
   yield run
   for name in set(flags.FLAGS) - known:
@@ -226,6 +227,21 @@ def test_the_program_encodes_with_the_weights_that_ship(arguments, tmp_path):
   assert [len(Store(f'{tmp_path}/texts')[i]['text']) for i in range(3)] == [6, 6, 3]
 
 
+def test_the_program_encodes_pictures_for_a_network_that_is_given_them(arguments, tmp_path):
+  Image.new('RGB', (90, 50), 'red').save(tmp_path / 'red.png')
+  (tmp_path / 'p.csv').write_text('prompt,image\na red bag moves left,red.png\n')
+  with pytest.raises(SystemExit) as stop:
+    arguments(
+      '--config=configs/selfforcing.py:nano,i2v',
+      f'--prompts={tmp_path}/p.csv',
+      f'--output={tmp_path}/first_frames',
+    )
+  assert not stop.value.code
+  store = Store(f'{tmp_path}/first_frames')
+  assert set(store.fields) == {'ids', 'mask', 'condition'}
+  assert store[0]['condition'].shape == (21, 8, 8, 16) and store[0]['mask'].sum() == 6
+
+
 @pytest.mark.parametrize(
   'args, sentence',
   [
@@ -236,9 +252,14 @@ def test_the_program_encodes_with_the_weights_that_ship(arguments, tmp_path):
       ['--config=configs/selfforcing.py:nano', '--prompts=no.txt', '--output={tmp}'],
       'prompt file no.txt is missing: write one prompt a line there.',
     ),
+    (
+      ['--config=configs/selfforcing.py:nano,i2v', '--prompts={tmp}/p.txt', '--output={tmp}/out'],
+      'p.txt names no image: image-to-video wants .jsonl of',
+    ),
   ],
 )
 def test_wrong_commands_are_refused(args, sentence, arguments, tmp_path, capsys):
+  (tmp_path / 'p.txt').write_text('a bag\n')
   with pytest.raises(SystemExit) as stop:
     arguments(*(arg.format(tmp=tmp_path) for arg in args))
   assert stop.value.code == 2 and sentence in capsys.readouterr().err

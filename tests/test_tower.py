@@ -79,7 +79,7 @@ def test_clip_may_see_another_picture_than_the_frame_it_was_fitted_to(world):
   first, wide = (
     rng.integers(0, 256, shape, np.uint8) for shape in ((1, 1, 32, 32, 3), (1, 20, 60, 3))
   )
-  one, other = given(first), given(first, wide)
+  one, other = given(first), given(first, [wide])
   np.testing.assert_array_equal(one['condition'], other['condition'])
   assert np.abs(np.asarray(one['image'] - other['image'])).max() > 0.1
 
@@ -99,7 +99,8 @@ def test_a_program_s_clips_are_given_the_frame_and_the_rows(world, tmp_path, mon
   monkeypatch.setattr(cli, 'config_is_given', lambda: True)
   picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
   Image.fromarray(picture).save(tmp_path / 'first.png')
-  flags = dict(steps=2, guidance=None, shift=None, negative=None, image=str(tmp_path / 'first.png'))
+  flags = dict(steps=2, guidance=None, shift=None, negative=None, last_image=None)
+  flags['image'] = str(tmp_path / 'first.png')
   path = config.weights['student' if sampler == 'student' else 'teacher']
   args = types.SimpleNamespace(checkpoint=path, config=config, sampler=sampler, **flags)
   made = sample.generator(args, PROMPTS)

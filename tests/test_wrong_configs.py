@@ -327,6 +327,11 @@ def test_the_configs_that_ship_are_accepted():
     ),
     (
       'streaming',
+      {'streaming.causal': True, 'streaming.global_sink': True, 'rollout.sink': 2},
+      'make rollout.window=12 but for the sink of 2 a multiple of 3.',
+    ),
+    (
+      'streaming',
       {'losses.consistency': 0.2},
       'losses.consistency=0.2 does not go with streaming, which trains with',
     ),

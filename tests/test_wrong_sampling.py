@@ -159,6 +159,10 @@ WRONG_COMMANDS = {
     (['--vbench=LICENSE', '--checkpoint=x', '--steps=9'], '--steps=9 must be between 1 and 8.'),
     (['--vbench=LICENSE', '--checkpoint=x', '--image=a.png'], '--image has no use with --vbench: '),
     (
+      ['--vbench=LICENSE', '--checkpoint=x', '--last_image=a.png'],
+      '--last_image has no use with --vbench: ',
+    ),
+    (
       ['--vbench=LICENSE', '--checkpoint=x', '--extended=/dev/null'],
       '--extended=/dev/null holds no prompt',
     ),

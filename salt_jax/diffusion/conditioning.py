@@ -14,6 +14,7 @@ from salt_jax.errors import InputError
 
 FOLD = 4  # pixel frames to a latent frame, behind the first
 FIRST, FIRST_AND_LAST = (0,), (0, -1)
+KNOWN = {1: FIRST, 2: FIRST_AND_LAST}  # by how many pictures a network is given
 
 
 def known_video(

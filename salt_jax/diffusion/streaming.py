@@ -11,15 +11,16 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from salt_jax.diffusion import rollout
 from salt_jax.diffusion.rollout import Chunking, Past, Plan, Rollout, stream_cache
 from salt_jax.errors import InputError
-from salt_jax.models.cache import KVCache, rewrite
+from salt_jax.models.cache import KVCache, rewrite, write
 from salt_jax.models.prompt import Prompt
-from salt_jax.models.wan import Clip
+from salt_jax.models.wan import Chunk, Clip
 
 BOUNDARIES = ('reencoded', 'latent')
 
@@ -181,7 +182,8 @@ def recache(
 ) -> KVCache:
   """Brings a cache to a new prompt: one pass over the last frames writes their keys and values anew.
 
-  The frames keep their positions and slots. They see each other and nothing else, both ways as in the original.
+  The frames keep their positions and slots, and see each other and nothing else, both ways as in the original. If the
+  sink stays, so many fewer of them are written, and these see it besides, as the chunks behind them will.
 
   Args:
     apply: the model.
@@ -189,18 +191,50 @@ def recache(
     cache: up to the last of the frames.
     latents: the last clean frames, as many as the window holds or there are.
     prompt: the new one.
-    start: absolute index of the first of them.
+    start: absolute index of the first of them, an array.
     global_sink: whether the sink stays as the old prompt made it; otherwise the first of these frames become the sink.
-    chunk: if given, frames see only their own and earlier chunks of so many frames.
+    chunk: if given, frames see only their own and earlier chunks of so many frames, and the sink.
     context_noise: sigma that the model is told.
 
   Raises:
     InputError: frames that do not divide into chunks.
   """
-  count = latents.shape[1]
-  if chunk and count % chunk:
-    raise InputError(f'{count} frames to cache anew do not divide into chunks of {chunk}.')
   params, latents, prompt = jax.lax.stop_gradient((params, latents, prompt))
+  if global_sink and cache.sink:
+    return _recached_behind_sink(
+      apply, params, cache, latents, prompt, start, chunk, 1000 * context_noise
+    )
+  _check_chunks(latents.shape[1], chunk)
   t = jnp.full(latents.shape[:2], 1000 * context_noise, jnp.float32)
   _, own = apply(params, latents, t, prompt, Clip(chunk=chunk, start=jnp.asarray(start)))
   return rewrite(cache, own.k, own.v, start, keep_sink=global_sink)
+
+
+def _check_chunks(count: int, chunk: int | None) -> None:
+  if chunk and count % chunk:
+    raise InputError(f'{count} frames to cache anew do not divide into chunks of {chunk}.')
+
+
+def _recached_behind_sink(apply, params, cache, latents, prompt, start, chunk, t):
+  """`recache` for a sink that stays, one chunk or all of the frames behind it at a time."""
+  sink, latents = cache.sink, latents[:, cache.sink :]
+  b, count = latents.shape[:2]
+  if not count:
+    return cache
+  _check_chunks(count, chunk)
+  size, first = chunk or count, start + sink
+  # Only what these frames may see: the sink, and behind it room for themselves.
+  held = jax.tree.map(lambda x: x[:, :, :sink], (cache.k, cache.v))
+  held = [jnp.pad(x, ((0, 0), (0, 0), (0, count), (0, 0), (0, 0), (0, 0))) for x in held]
+  frames = jnp.pad(cache.frames[:sink], (0, count), constant_values=-1)
+  seen = cache.replace(k=held[0], v=held[1], frames=frames, window=None)
+
+  def one(seen, i):
+    part = jax.lax.dynamic_slice_in_dim(latents, i * size, size, axis=1)
+    at = first + i * size
+    _, own = apply(params, part, jnp.full((b, size), t, jnp.float32), prompt, Chunk(seen, at))
+    return write(seen, own.k, own.v, at), (own.k, own.v)
+
+  _, own = jax.lax.scan(one, seen, jnp.arange(count // size))
+  k, v = (rearrange(x, 'i layer b f ... -> layer b (i f) ...') for x in own)
+  return rewrite(cache, k, v, first, keep_sink=True)

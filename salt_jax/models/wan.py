@@ -86,6 +86,11 @@ class WanConfig:
       )
 
   @property
+  def pictures(self) -> int:
+    """Frames of a clip that are given, if any are: the first, or first and last."""
+    return 2 if self.image_positions else 1
+
+  @property
   def head_dim(self) -> int:
     return self.dim // self.heads
 
