@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, PyTree, UInt8
 
 from salt_jax.models import vae
 from salt_jax.recipe import Recipe
-from salt_jax.sharding import over_space, replicated
+from salt_jax.sharding import over_local_devices, over_space, replicated
 from salt_jax.step import to_bytes, to_unit
 
 # Latent positions in a part: one frame of 480x832 has 6,240, all of a nano clip 1,344.
@@ -194,5 +194,13 @@ def spans(shape: tuple[int, ...], cfg: vae.VAEConfig, part: int = 0) -> Iterator
 def decoder(
   rec: Recipe, params: PyTree
 ) -> Callable[[Float[Array, 'b f h w c']], UInt8[np.ndarray, 'b t h w 3']]:
-  """Latents to uint8 video, one clip at a time on the device."""
-  return lambda latents: np.concatenate([decode(params, z[None], rec.vae) for z in latents])
+  """Latents to uint8 video, one clip at a time, on each of this process's devices if they share the clips evenly."""
+  devices = jax.local_device_count()
+
+  def run(latents):
+    size = 1 if len(latents) % devices else devices
+    groups = (latents[at : at + size] for at in range(0, len(latents), size))
+    lying = (over_local_devices(group) if size > 1 else group for group in groups)
+    return np.concatenate([decode(params, group, rec.vae) for group in lying])
+
+  return run

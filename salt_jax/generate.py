@@ -50,17 +50,13 @@ def drawer(
     given: for I2V the fields of `precompute.given` of one clip `[1 ...]`, which all clips share.
     mesh: of the local devices, that the parameters of `run` lie over.
   """
-  devices, own = len(jax.local_devices()), [np.asarray(x) for x in given]
+  own, decode = [np.asarray(x) for x in given], codec.decoder(rec, vae_params)
 
   def draw(ids, mask, index):
     batch = (ids, mask, index, *(np.broadcast_to(x, (len(ids), *x.shape[1:])) for x in own))
     with jax.set_mesh(mesh):
       latents = np.asarray(run(*over_local_devices(batch, mesh)))
-    parts = [
-      codec.decode(vae_params, over_local_devices(latents[at : at + devices]), rec.vae)
-      for at in range(0, len(latents), devices)
-    ]
-    return np.concatenate(parts)
+    return decode(latents)
 
   return draw
 

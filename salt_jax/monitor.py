@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from salt_jax import clips, judge, recipe, sample, stages, weights
 from salt_jax.diffusion import rollout
-from salt_jax.models import vae, wan
+from salt_jax.models import axes, vae, wan
 from salt_jax.models.prompt import Prompt
 from salt_jax.recipe import Recipe
 from salt_jax.step import encode, to_bytes
@@ -115,9 +115,14 @@ def watcher(config: ConfigDict, rec: Recipe, placed: jax.sharding.NamedSharding)
 
 
 def _draw(config, rec, params, frozen, vae_params, batch):
-  ids, mask, index = batch
+  ids, mask, index = (axes.split(x, axes.BATCH, *(None,) * (x.ndim - 1)) for x in batch)
   text = Prompt(encode(frozen, ids, mask, rec))
   plan = recipe.full_plan(rec, config.evaluate.steps[0])
   x0 = rollout.rollout(wan.bind(rec.model), params, sample.keys(rec, index), text, plan).x0
-  # One clip at a time: decoding takes far more memory than sampling.
-  return jax.lax.map(lambda z: to_bytes(vae.decode(vae_params, z[None], rec.vae))[0], x0)
+
+  def decoded(latents):
+    # One clip at a time on each device: decoding takes far more memory than sampling.
+    return jax.lax.map(lambda z: to_bytes(vae.decode(vae_params, z[None], rec.vae))[0], latents)
+
+  own = (axes.BATCH, *(None,) * 4)
+  return axes.per_device(decoded, (own,), own)(x0)

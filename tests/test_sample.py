@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from salt_jax import codec, generate, recipe, sample, stages, teacher, video
+from salt_jax import codec, generate, monitor, recipe, sample, sharding, stages, teacher, video
 from salt_jax import weights as files
 from salt_jax.diffusion import rollout, streaming
 from salt_jax.errors import InputError
@@ -65,19 +65,31 @@ def drawn(config, networks, frozen):
   return np.stack(list(clips.values())), first / sum(x.nbytes for x in leaves)
 
 
+def watched(config, mesh, student, text):
+  """What a run logs of four clips that its average makes."""
+  config = config.copy_and_resolve_references()
+  config.log.update(samples_every=1, samples=4)
+  watch = monitor.watcher(config, recipe.build(config), sharding.replicated(mesh))
+  found = watch({'generator': student}, {'text': text}, 1)
+  return [found['samples/brightness'], found['samples/saturation']]
+
+
 def test_parameters_split_over_devices_make_the_same_clips(world, tmp_path):
   """Of four devices, more than clips, each holds a quarter of all bytes; here one holds all."""
-  config, _, frozen, *_ = world
+  config, _, frozen, student, _ = world
   code = f"""if True:
     import numpy as np
-    from salt_jax import recipe, stages
+    from salt_jax import recipe, sharding, stages, weights
     from tests import test_sample, tiny_config
     config = tiny_config.get_config({os.path.dirname(config.weights.student)!r})
     config.mesh.update(data=1, fsdp=-1)
     config.update(rules=(('.*', 'fsdp'),), shard_min_size=16)
-    frozen = stages.serving(config, recipe.build(config), 'text', 'vae', 'teacher')
+    rec = recipe.build(config)
+    frozen = stages.serving(config, rec, 'text', 'vae', 'teacher')
     clips, share = test_sample.drawn(config, frozen.pop('teacher'), frozen)
-    np.savez({str(tmp_path / 'found.npz')!r}, clips=clips, share=share)
+    student = weights.load(config.weights.student, 'dit', rec.model)
+    logged = test_sample.watched(config, sharding.make_mesh(config.mesh), student, frozen['text'])
+    np.savez({str(tmp_path / 'found.npz')!r}, clips=clips, share=share, logged=logged)
   """
   env = os.environ | devices_of(4)
   subprocess.run([sys.executable, '-c', code], env=env, check=True, timeout=300)
@@ -88,6 +100,8 @@ def test_parameters_split_over_devices_make_the_same_clips(world, tmp_path):
   # float32 rounding may tip a pixel over to the next of 256 levels.
   assert np.abs(found['clips'].astype(int) - clips).max() <= 1
   assert clips.std() > 5 and np.abs(clips[0].astype(int) - clips[2]).max() > 5
+  logged = watched(config, sharding.make_mesh({**config.mesh, 'fsdp': 1}), student, frozen['text'])
+  np.testing.assert_allclose(found['logged'], logged, rtol=1e-3)  # as many pixels may tip over
 
 
 @pytest.fixture(scope='module')
