@@ -251,10 +251,14 @@ def _check_tower(config: ConfigDict, name: str) -> None:
       'file as weights.clip.'
     )
   tower = section(ClipConfig, config, 'clip')
-  pictures = 1 + any(_values(config, f'{name}.image_positions'))
+  two = any(_values(config, f'{name}.image_positions'))
   for key, value, words in (
     ('image_dim', tower.dim, 'the width'),
-    ('image_len', pictures * tower.rows, f'the rows for {pictures} picture{"s"[: pictures - 1]}'),
+    (
+      'image_len',
+      tower.rows * (1 + two),
+      f'the rows for {"two pictures" if two else "one picture"}',
+    ),
   ):
     if key in model and model[key] != value:
       raise InputError(f'{name}.{key}={model[key]} must equal {value}, {words} of the CLIP tower.')

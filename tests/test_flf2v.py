@@ -136,6 +136,13 @@ def test_the_real_size_is_the_published_one_and_its_defaults_are_wan_s():
     dmd.get_config('nano,flf2v')
 
 
+def test_rows_for_one_picture_are_not_enough(world):
+  config = world[0].copy_and_resolve_references()
+  config.model.image_len = config.teacher.image_len = 10
+  with pytest.raises(InputError, match='image_len=10 must equal 20, the rows for two pictures of'):
+    recipe.build(config)
+
+
 def test_a_last_picture_too_many_or_too_few_is_refused(world):
   config, rec, folder = world
   first, last = str(folder / 'first.png'), str(folder / 'last.png')
