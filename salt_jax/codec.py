@@ -115,8 +115,9 @@ def decode_next(
   if where is not None:
     params, latents = jax.device_put((params, latents), (replicated(where.mesh), where))
   for start in range(0, latents.shape[1], part):
-    some, begins = latents[:, start : start + part], first and start == 0
-    with _mesh_of(where):
+    begins = first and start == 0
+    with _mesh_of(where):  # the slice, too, lies there
+      some = latents[:, start : start + part]
       pixels, features = decode_part(params, some, features, cfg, begins, where)
     parts.append(np.asarray(pixels))
   return np.concatenate(parts, axis=1), features

@@ -113,8 +113,9 @@ def _measured(blank: Report, program, slice_: Slice, reports: kept.Reports | Non
   if reports is None:
     return _compiled(blank, program, traced, slice_, (began, usage))
   key = kept.key(traced.as_text(), program.options, program.passes, slice_.name, blank)
-  if (found := reports.find(key)) is not None:
-    return of_json(found)
+  if (found := reports.find(key, of_json)) is not None:
+    # Peaks are no part of the key.
+    return dataclasses.replace(found, seconds=found.seconds and seconds(found, slice_))
   made = _compiled(blank, program, traced, slice_, (began, usage))
   reports.keep(key, dataclasses.asdict(made))
   return made
@@ -234,10 +235,10 @@ def _advice(
   if 'model' in config and not config.model.remat and program.name != 'sample':
     return 'set --config.model.remat=true, so that activations are made anew for the backward pass.'
   if 2 * held > needed:
-    kept = lowered.resident(program.inputs)
+    lying = lowered.resident(program.inputs)
     cache = f' and caches {program.cache / GIB:.1f}' if program.cache else ''
     return (
-      f'networks and optimizer states alone take {kept / GIB:.1f}{cache} GiB a device: take a larger slice, a smaller '
+      f'networks and optimizer states alone take {lying / GIB:.1f}{cache} GiB a device: take a larger slice, a smaller '
       'teacher or a smaller batch.'
     )
   if clips > 1:

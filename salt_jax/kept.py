@@ -4,8 +4,12 @@ import hashlib
 import importlib.metadata
 import json
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 from salt_jax.errors import InputError
+
+Found = TypeVar('Found')
 
 
 class Reports:
@@ -15,8 +19,8 @@ class Reports:
     self._folder = folder
     os.makedirs(folder, exist_ok=True)
 
-  def find(self, key: str) -> dict | None:
-    """The finding of a key; None if there is none.
+  def find(self, key: str, read: Callable[[dict], Found]) -> Found | None:
+    """What `read` makes of the finding of a key; None if there is none.
 
     Raises:
       InputError: a damaged file.
@@ -24,11 +28,11 @@ class Reports:
     path = self._path(key)
     try:
       with open(path, encoding='utf-8') as file:
-        return json.load(file)
+        return read(json.load(file))
     except FileNotFoundError:
       return None
-    except ValueError as error:
-      raise InputError(f'{path} is no kept report ({error}): delete it.') from error
+    except (ValueError, KeyError, TypeError) as error:
+      raise InputError(f'{path} is no kept report ({error!r}): delete it.') from error
 
   def keep(self, key: str, found: dict) -> None:
     path = self._path(key)
@@ -46,7 +50,12 @@ def versions() -> dict[str, str]:
   return {name: importlib.metadata.version(name) for name in ('jax', 'libtpu')}
 
 
+# Raise it when other things are read from a compiled program, or otherwise.
+FORMAT = 1
+
+
 def key(*parts: object) -> str:
-  """Of a program's text, and of all else that its report rests on; the same in every process."""
-  text = json.dumps([versions(), *(str(part) for part in parts)], sort_keys=True)
+  """Of a program's text and of what else the compiler's finding rests on; the same in every process."""
+  told = {name: os.environ.get(name, '') for name in ('LIBTPU_INIT_ARGS', 'XLA_FLAGS')}
+  text = json.dumps([FORMAT, versions(), told, *(str(part) for part in parts)], sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:32]

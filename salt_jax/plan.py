@@ -339,6 +339,8 @@ def program() -> None:
     raise InputError('pass --config=FILE, and either --slice=v5p-128 or --smallest=v5p.')
   if args.json:
     cli.check_folder('json', os.path.dirname(args.json))
+  if args.kept:
+    cli.check_folder('kept', args.kept)
   slices.prepare()
   config, failed, names = args.config, [], tuple(args.programs)
   reports = kept.Reports(args.kept) if args.kept else None

@@ -17,8 +17,11 @@ def main(output: str) -> None:
     encoded = codec.encode(params, video, SHALLOW, 1)
     assert len(encoded.sharding.device_set) == len(jax.local_devices())
     assert not encoded.sharding.is_fully_replicated
+    # A sampler calls it with the mesh of its parameters set.
+    with jax.set_mesh(jax.make_mesh((len(jax.devices()),), ('data',))):
+      decoded = codec.decode(params, latents, SHALLOW, 1)
     found |= {
-      f'decoded_{rows}_{columns}': codec.decode(params, latents, SHALLOW, 1),
+      f'decoded_{rows}_{columns}': decoded,
       f'encoded_{rows}_{columns}': np.asarray(encoded),
     }
   np.savez(output, **found)

@@ -111,26 +111,32 @@ def test_an_equal_program_is_compiled_once(fits, tmp_path, monkeypatch):
 
   def compiling(blank, program, traced, slice_, began):
     compiled.append(program)
-    spent = estimate.Seconds(1.0, 2.0, 3.0, 3.0, 6.5)
     made = dataclasses.replace(blank, fits=fits, needed=2.0**36, compiling=(3.0, 4.0))
-    return dataclasses.replace(made, seconds=spent if fits else None)
+    made = dataclasses.replace(made, arguments=2.0, temporaries=3.0, forward=1e15)
+    return dataclasses.replace(made, seconds=estimate.seconds(made, slice_) if fits else None)
 
   monkeypatch.setattr(estimate, '_compiled', compiling)
   folder = str(tmp_path / 'kept')
   first = _reported(_program(2**26), kept.Reports(folder))
   again = _reported(_program(2**26), kept.Reports(folder))
   assert len(compiled) == 1 and again == first and bool(first.change) == (not fits)
+  monkeypatch.setattr(estimate, 'REACHED', estimate.REACHED / 2)
+  slower = _reported(_program(2**26), kept.Reports(folder))
+  assert len(compiled) == 1 and (not fits or slower.seconds.likely > 1.9 * first.seconds.likely)
   # Whatever a report rests on makes it another one.
   one, told = _program(2**26), (('xla_tpu_scoped_vmem_limit_kib', '32768'),)
   others = (one._replace(options=told), one._replace(passes=2.0), one._replace(clips=8))
   for program in (_program(2**28), *others):
     _reported(program, kept.Reports(folder))
   _reported(one, kept.Reports(folder), 'v6e-4')
-  assert len(compiled) == 6
-  for path in (tmp_path / 'kept').iterdir():
-    path.write_text('{')
-  with pytest.raises(InputError, match='is no kept report .*: delete it'):
-    _reported(one, kept.Reports(folder))
+  monkeypatch.setenv('LIBTPU_INIT_ARGS', '--xla_tpu_scoped_vmem_limit_kib=16384')
+  _reported(one, kept.Reports(folder))
+  assert len(compiled) == 7
+  for damaged in ('{', '{}', 'null'):
+    for path in (tmp_path / 'kept').iterdir():
+      path.write_text(damaged)
+    with pytest.raises(InputError, match='is no kept report .*: delete it'):
+      _reported(one, kept.Reports(folder))
 
 
 @pytest.mark.parametrize(
