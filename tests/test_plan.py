@@ -247,11 +247,20 @@ def _planned(config, name, *programs):
   return made
 
 
-def test_sampling_at_a_real_size_compiles_and_fits():
+@pytest.fixture
+def hasty():
+  """The compiler does without what makes programs fast, which is a third of the work."""
+  before = jax.config.jax_optimization_level
+  jax.config.update('jax_optimization_level', 'O0')
+  yield
+  jax.config.update('jax_optimization_level', before)
+
+
+def test_sampling_at_a_real_size_compiles_and_fits(hasty):
   config = dmd.get_config('1.3b,method=dmd')
   config.mesh.fsdp = 4
-  (made,) = _planned(config, 'v5p-8', 'sample')
-  rec = recipe.build(config, ('tpu', 'TPU v5'))
+  (made,) = _planned(config, 'v4-8', 'sample')
+  rec = recipe.build(config, ('tpu', 'TPU v4'))
   # Four passes over a clip, 283 TFLOP each, and the prompt.
   assert made.forward == pytest.approx(sum(p.flops for p in flops.sampling(rec, 4)))
   assert 4 * 283e12 < made.forward < 4.05 * 283e12

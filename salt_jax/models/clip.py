@@ -15,6 +15,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from salt_jax.errors import InputError
+from salt_jax.models import modules
 from salt_jax.models.wan import AffineLayerNorm
 
 
@@ -48,11 +49,13 @@ def vit_h_14() -> ClipConfig:
   return ClipConfig(size=224, patch=14, dim=1280, mlp_dim=5120, heads=16, layers=32, out_dim=1024)
 
 
-def _dense(features: int, cfg: ClipConfig, name: str) -> nn.Dense:
-  return nn.Dense(features, dtype=cfg.dtype, kernel_init=nn.initializers.normal(0.02), name=name)
+def _dense(features: int, cfg: ClipConfig, name: str) -> modules.Dense:
+  return modules.Dense(
+    features, dtype=cfg.dtype, kernel_init=nn.initializers.normal(0.02), name=name
+  )
 
 
-class Attention(nn.Module):
+class Attention(modules.Module):
   cfg: ClipConfig
 
   @nn.compact
@@ -66,7 +69,7 @@ class Attention(nn.Module):
     return _dense(cfg.dim, cfg, 'proj')(out)
 
 
-class Block(nn.Module):
+class Block(modules.Module):
   cfg: ClipConfig
 
   @nn.compact
@@ -77,7 +80,7 @@ class Block(nn.Module):
     return x + _dense(cfg.dim, cfg, 'mlp_2')(jax.nn.gelu(h, approximate=False)), None
 
 
-class VisionTower(nn.Module):
+class VisionTower(modules.Module):
   """Pixels `[b h w 3]` to (the rows behind `depth` blocks, the embedding of their class token)."""
 
   cfg: ClipConfig
@@ -86,7 +89,7 @@ class VisionTower(nn.Module):
   @nn.compact
   def __call__(self, pixels):
     cfg, small = self.cfg, nn.initializers.normal(self.cfg.dim**-0.5)
-    patches = nn.Conv(
+    patches = modules.Conv(
       cfg.dim,
       (cfg.patch, cfg.patch),
       strides=cfg.patch,
@@ -101,7 +104,11 @@ class VisionTower(nn.Module):
     x = x + self.param('pos_embedding', small, (1, cfg.rows, cfg.dim))
     x = AffineLayerNorm(cfg.eps, name='pre_norm')(x)
     blocks = nn.scan(
-      Block, variable_axes={'params': 0}, split_rngs={'params': True}, length=self.depth
+      Block,
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+      length=self.depth,
+      check_constancy_invariants=False,
     )
     x, _ = blocks(cfg, name='transformer')(x, None)
     head = self.param('head', small, (cfg.dim, cfg.out_dim))

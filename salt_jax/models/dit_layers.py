@@ -9,6 +9,8 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from salt_jax.models import modules
+
 
 def layer_norm(x: Float[Array, '... d'], eps: float) -> Float[Array, '... d']:
   """LayerNorm without parameters, statistics in float32, result in float32."""
@@ -24,7 +26,7 @@ def sinusoid(t: Float[Array, 'b f'], dim: int) -> Float[Array, 'b f {dim}']:
   return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(modules.Module):
   """RMS over the whole width, before the head split; the weight multiplies after the cast back."""
 
   eps: float
@@ -37,7 +39,7 @@ class RMSNorm(nn.Module):
     return x32.astype(x.dtype) * weight
 
 
-class AffineLayerNorm(nn.Module):
+class AffineLayerNorm(modules.Module):
   """`layer_norm` with weight and bias."""
 
   eps: float
@@ -49,13 +51,13 @@ class AffineLayerNorm(nn.Module):
     return layer_norm(x, self.eps) * weight + bias
 
 
-def project(features: int, cfg, name: str, std: float | None = None, dtype=None) -> nn.Dense:
+def project(features: int, cfg, name: str, std: float | None = None, dtype=None) -> modules.Dense:
   """A dense layer in `cfg.dtype`: Xavier uniform, or normal with `std`."""
   init = nn.initializers.xavier_uniform() if std is None else nn.initializers.normal(std)
-  return nn.Dense(features, dtype=dtype or cfg.dtype, kernel_init=init, name=name)
+  return modules.Dense(features, dtype=dtype or cfg.dtype, kernel_init=init, name=name)
 
 
-class ImageEmbedding(nn.Module):
+class ImageEmbedding(modules.Module):
   """CLIP rows to the model's width (wan.md 1.9): eps 1e-5, and the exact GELU."""
 
   cfg: object

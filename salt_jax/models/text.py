@@ -20,6 +20,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from salt_jax.errors import InputError
+from salt_jax.models import modules
 
 # Smallest |key - query| of each bucket. Integers, because the logarithm that defines them lands on
 # rounding boundaries at 16, 32 and 64.
@@ -65,7 +66,7 @@ def relative_buckets(length: int) -> np.ndarray:
   return (distance + len(BUCKET_STARTS) * (offset > 0)).astype(np.int32)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(modules.Module):
   cfg: TextConfig
 
   @nn.compact
@@ -76,12 +77,12 @@ class RMSNorm(nn.Module):
     return x32.astype(self.cfg.dtype) * weight[None, None].astype(self.cfg.dtype)
 
 
-def _dense(features: int, cfg: TextConfig, name: str, std: float) -> nn.Dense:
+def _dense(features: int, cfg: TextConfig, name: str, std: float) -> modules.Dense:
   init = nn.initializers.normal(std)
-  return nn.Dense(features, use_bias=False, dtype=cfg.dtype, kernel_init=init, name=name)
+  return modules.Dense(features, use_bias=False, dtype=cfg.dtype, kernel_init=init, name=name)
 
 
-class PositionBias(nn.Module):
+class PositionBias(modules.Module):
   """Learned float32 bias `[heads query key]` by relative position."""
 
   cfg: TextConfig
@@ -89,13 +90,13 @@ class PositionBias(nn.Module):
   @nn.compact
   def __call__(self, length: int):
     buckets, std = 2 * len(BUCKET_STARTS), (2 * 2 * len(BUCKET_STARTS) * self.cfg.heads) ** -0.5
-    table = nn.Embed(
+    table = modules.Embed(
       buckets, self.cfg.heads, embedding_init=nn.initializers.normal(std), name='embedding'
     )
     return rearrange(table(relative_buckets(length)), 'query key heads -> heads query key')
 
 
-class Attention(nn.Module):
+class Attention(modules.Module):
   cfg: TextConfig
 
   @nn.compact
@@ -111,7 +112,7 @@ class Attention(nn.Module):
     return _dense(cfg.dim, cfg, 'o', cfg.dim_attn**-0.5)(out)
 
 
-class FeedForward(nn.Module):
+class FeedForward(modules.Module):
   cfg: TextConfig
 
   @nn.compact
@@ -123,7 +124,7 @@ class FeedForward(nn.Module):
     return _dense(cfg.dim, cfg, 'fc2', cfg.ffn_dim**-0.5)(gated)
 
 
-class Layer(nn.Module):
+class Layer(modules.Module):
   cfg: TextConfig
 
   @nn.compact
@@ -137,13 +138,13 @@ class Layer(nn.Module):
     return x, None
 
 
-class UMT5(nn.Module):
+class UMT5(modules.Module):
   cfg: TextConfig
 
   @nn.compact
   def __call__(self, ids, mask):
     cfg = self.cfg
-    embed = nn.Embed(
+    embed = modules.Embed(
       cfg.vocab, cfg.dim, embedding_init=nn.initializers.normal(1.0), name='token_embedding'
     )
     x = embed(ids).astype(cfg.dtype)
@@ -153,6 +154,7 @@ class UMT5(nn.Module):
       split_rngs={'params': True},
       in_axes=nn.broadcast,
       length=cfg.layers,
+      check_constancy_invariants=False,
     )
     x, _ = layers(cfg, name='blocks')(x, mask)
     x = RMSNorm(cfg, name='norm')(x).astype(jnp.float32)

@@ -14,6 +14,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from salt_jax.errors import InputError
+from salt_jax.models import modules
 from salt_jax.models import vae_layers as part
 
 WAN_MEAN = (
@@ -118,7 +119,7 @@ def nano_vae() -> VAEConfig:
   return dataclasses.replace(wan_vae(), dim=8, latent_mean=(0.0,) * 16, latent_std=(1.0,) * 16)
 
 
-class Encoder(nn.Module):
+class Encoder(modules.Module):
   cfg: VAEConfig
 
   @nn.compact
@@ -134,7 +135,7 @@ class Encoder(nn.Module):
     return part.through(layers, (cfg.dim, 2 * cfg.z_dim), cfg.dtype, x, past)
 
 
-class Decoder(nn.Module):
+class Decoder(modules.Module):
   cfg: VAEConfig
 
   @nn.compact
@@ -150,7 +151,7 @@ class Decoder(nn.Module):
     return part.through(layers, (widths[0], 3), cfg.dtype, x, past)
 
 
-class VAE(nn.Module):
+class VAE(modules.Module):
   """Both halves; latents here are as the network makes them, not normalised."""
 
   cfg: VAEConfig

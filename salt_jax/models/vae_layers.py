@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from flax import linen as nn
 
+from salt_jax.models import modules
 from salt_jax.models.attention import dense
 
 HISTORY = 2  # frames that a causal convolution sees before its own
@@ -19,7 +20,7 @@ def recall(past: dict | None, name: str):
   return None if past is None else past[name]
 
 
-class Norm(nn.Module):
+class Norm(modules.Module):
   """x / |x| over channels, times sqrt(C) and gamma; in float32."""
 
   dtype: str
@@ -45,7 +46,7 @@ def _conv2d(x, kernel):
   return rearrange(y, '(b t) h w c -> b t h w c', b=x.shape[0])
 
 
-class VideoConv(nn.Module):
+class VideoConv(modules.Module):
   """A convolution over three frames, unpadded in time and zero-padded in space.
 
   It is the sum of a 2-D convolution for each frame, on a CPU 3 to 6 times as fast as one in 3-D.
@@ -67,8 +68,8 @@ class VideoConv(nn.Module):
     return y + bias[None, None, None, None]
 
 
-def pointwise(features: int, dtype: str, name: str, dims: int = 3) -> nn.Conv:
-  return nn.Conv(features, (1,) * dims, dtype=dtype, name=name)
+def pointwise(features: int, dtype: str, name: str, dims: int = 3) -> modules.Conv:
+  return modules.Conv(features, (1,) * dims, dtype=dtype, name=name)
 
 
 def _with_history(x, past):
@@ -83,7 +84,7 @@ def causal(conv: VideoConv, x, past):
   return conv(seen), seen[:, -HISTORY:]
 
 
-class Residual(nn.Module):
+class Residual(modules.Module):
   """Twice norm, SiLU, convolution; the skip is mapped where the widths differ."""
 
   features: int
@@ -100,7 +101,7 @@ class Residual(nn.Module):
     return x + y, new
 
 
-class Attention(nn.Module):
+class Attention(modules.Module):
   """One head over the positions of each frame by itself."""
 
   dtype: str
@@ -114,7 +115,7 @@ class Attention(nn.Module):
     return x + pointwise(c, self.dtype, 'proj', 2)(y), {}
 
 
-class Down(nn.Module):
+class Down(modules.Module):
   """Halves space, then time if asked; the first frame of a clip skips the latter."""
 
   temporal: bool
@@ -123,7 +124,7 @@ class Down(nn.Module):
   @nn.compact
   def __call__(self, x, past):
     width, pad = x.shape[-1], ((0, 1), (0, 1))
-    x = nn.Conv(width, (3, 3), (2, 2), pad, dtype=self.dtype, name='resample_1')(x)
+    x = modules.Conv(width, (3, 3), (2, 2), pad, dtype=self.dtype, name='resample_1')(x)
     if not self.temporal:
       return x, {}
     parts = [x[:, :1]] if past is None else []
@@ -133,7 +134,7 @@ class Down(nn.Module):
     return jnp.concatenate(parts, axis=1), {'time_conv': x[:, -1:]}
 
 
-class Up(nn.Module):
+class Up(modules.Module):
   """Doubles time if asked, then space, and halves the channels.
 
   The first frame of a clip is not doubled, and counts as zeros to those behind it.
@@ -154,7 +155,7 @@ class Up(nn.Module):
         parts.append(rearrange(pairs, 'b t h w (pair c) -> b (t pair) h w c', pair=2))
       x = jnp.concatenate(parts, axis=1)
     x = repeat(x, 'b t h w c -> b t (h up) (w across) c', up=2, across=2)
-    return nn.Conv(width // 2, (3, 3), dtype=self.dtype, name='resample_1')(x), new
+    return modules.Conv(width // 2, (3, 3), dtype=self.dtype, name='resample_1')(x), new
 
 
 def middle(width: int, dtype: str) -> list[nn.Module]:

@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from salt_jax.errors import InputError
-from salt_jax.models import attention, axes, rope
+from salt_jax.models import attention, axes, modules, rope
 from salt_jax.models import prompt as prompts
 from salt_jax.models.attention import Kernel
 from salt_jax.models.cache import KVCache, visible_runs, visible_slots
@@ -186,7 +186,7 @@ class Features:
 _STREAM = (axes.BATCH, None, axes.TOKENS, None)  # axes of the residual stream `[b f t d]`
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(modules.Module):
   cfg: WanConfig
 
   @nn.compact
@@ -252,7 +252,7 @@ def _behind(cache: KVCache, past, start, count: int):
   return _tokens(past[0]), _tokens(past[1]), jnp.repeat(valid, past[0].shape[2])
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(modules.Module):
   """Attention to all text rows; the zero rows behind a prompt are attended too, as in the original.
 
   Image rows have keys and values of their own, and a softmax of their own; the two results are added.
@@ -280,7 +280,7 @@ class CrossAttention(nn.Module):
     return project(cfg.dim, cfg, 'o')(rearrange(out, 'b f t n d -> b f t (n d)'))
 
 
-class Block(nn.Module):
+class Block(modules.Module):
   """One transformer block (wan.md 1.4): modulated self-attention, cross-attention, modulated MLP."""
 
   cfg: WanConfig
@@ -318,7 +318,7 @@ def _rematerialised(cfg: WanConfig):
   return nn.remat(Block, prevent_cse=False, policy=policy)
 
 
-class Head(nn.Module):
+class Head(modules.Module):
   cfg: WanConfig
 
   @nn.compact
@@ -327,13 +327,13 @@ class Head(nn.Module):
     modulation = self.param('modulation', nn.initializers.normal(cfg.dim**-0.5), (1, 2, cfg.dim))
     shift, scale = jnp.split(modulation[:, None] + time[:, :, None], 2, axis=2)
     h = layer_norm(x, cfg.eps) * (1 + scale) + shift
-    out = nn.Dense(
+    out = modules.Dense(
       cfg.out_channels * PATCH**2, dtype=jnp.float32, kernel_init=nn.initializers.zeros, name='head'
     )
     return out(h)
 
 
-class Wan(nn.Module):
+class Wan(modules.Module):
   cfg: WanConfig
 
   @nn.compact
@@ -380,6 +380,7 @@ class Wan(nn.Module):
       variable_axes={'params': 0},
       split_rngs={'params': True},
       in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, 0),
+      check_constancy_invariants=False,  # which would trace every block twice
       length=cfg.layers,
     )
     taps = {i: jnp.zeros(x.shape, jnp.float32) for i in ctx.taps}
