@@ -10,9 +10,8 @@ import itertools
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 
 from salt_jax import data, images, precompute, prompts, tokens, video, weights
@@ -67,11 +66,11 @@ def _negatives(rows: Sequence[tuple], length: int) -> dict[str, np.ndarray]:
 
 def framed(
   pictures: Sequence[UInt8[np.ndarray, 'h w 3']], size: tuple[int, int]
-) -> tuple[Float[Array, '1 k rows columns 3'], list[UInt8[np.ndarray, '1 m n 3']]]:
+) -> tuple[Float[np.ndarray, '1 k rows columns 3'], list[UInt8[np.ndarray, '1 m n 3']]]:
   """The known frames of a video of (rows, columns), of levels 0 .. 255, and what CLIP sees."""
   parts = [images.cropped(picture, size) for picture in pictures]
-  known = [images.bicubic(jnp.asarray(part, jnp.float32), size) for part in parts]
-  return jnp.stack(known)[None], [part[None] for part in parts]
+  known = [images.bicubic(part.astype(np.float32), size) for part in parts]
+  return np.stack(known)[None], [part[None] for part in parts]
 
 
 def pictures_and_prompts(

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from configs import selfforcing
-from salt_jax import data, image_store, recipe, stages, step, tokens, weights
+from salt_jax import data, image_store, precompute, recipe, stages, step, tokens, weights
 from salt_jax.errors import InputError
 from salt_jax.models import clip, vae
 from salt_jax.store import Store
@@ -82,6 +82,21 @@ def test_a_record_is_the_middle_of_its_picture_as_torch_resizes_it(world, row, p
   tower = weights.load(config.weights.clip, 'clip', rec.clip)
   want = clip.encode(tower, seen.astype(np.float32), rec.clip)[0]
   np.testing.assert_allclose(record['image'], want, atol=5e-3, rtol=0)
+
+
+def test_a_picture_of_another_size_compiles_nothing(world, caplog):
+  config, rec, _ = world
+  encode, rng = precompute.given(config, rec), np.random.default_rng(1)
+
+  def compiled(size):
+    picture = rng.integers(0, 256, (*size, 3), np.uint8)
+    caplog.clear()
+    with jax.log_compiles():
+      jax.block_until_ready(encode(*image_store.framed([picture], (32, 48))))
+    return [r.getMessage() for r in caplog.records if r.getMessage().startswith('Compiling')]
+
+  assert compiled((50, 70)), 'the log does not tell what is compiled'
+  assert compiled((37, 61)) == []
 
 
 def test_prompts_stand_beside_their_pictures_and_negative_ones_reach_guidance(world):
