@@ -25,7 +25,7 @@ def _pictures(path: str, count: int) -> list[tuple[str, ...]]:
   """The picture of each prompt of a file, or first and last.
 
   Raises:
-    InputError: a prompt without.
+    InputError: a prompt without, or whose picture is no name of a file.
   """
   names = ('image', 'last_image')[:count]
   pictures = [tuple(getattr(entry, name) for name in names) for entry in prompts.read(path)]
@@ -36,6 +36,11 @@ def _pictures(path: str, count: int) -> list[tuple[str, ...]]:
         f'prompt {number} of {path} names no {names[files.index(None)]}: image-to-video wants .jsonl of '
         f'{{"prompt": "...", {keys}}}, or .csv with the columns prompt, {", ".join(names)}.'
       )
+    for name, file in zip(names, files, strict=True):
+      if not isinstance(file, str):
+        raise InputError(
+          f'prompt {number} of {path}: "{name}" must be a string, the name of a file.'
+        )
   return pictures
 
 

@@ -145,7 +145,9 @@ def test_a_killed_run_goes_on_and_another_picture_is_refused(world, tmp_path):
   [
     ('q.txt', 'a cat', r'prompt 1 of .*q.txt names no image: image-to-video wants .jsonl of'),
     ('q.csv', 'prompt,image\na cat,pictures/0.png\ngrass,\n', 'prompt 2 of .*q.csv names no image:'),
-    ('q.jsonl', '{"prompt": "a", "image": 3}', 'line 1 of .*q.jsonl: "image" must be a string.'),
+    ('q.jsonl', '"a"\n{"prompt": "a", "image": 3}', 'prompt 1 of .*q.jsonl names no image:'),
+    ('q.jsonl', '{"prompt": "a", "image": 3}', 'prompt 1 of .*q.jsonl: "image" must be a string, th'),
+    ('q.jsonl', '{"prompt": "a", "image": ["0.png"]}', 'prompt 1 of .*: "image" must be a string'),
     ('q.csv', 'prompt,image\na cat,none.png\n', 'none.png cannot be read as a picture: pass a PNG'),
     ('q.csv', 'prompt,image\na cat,cut.png\n', 'cut.png cannot be read as a picture: pass a PNG'),
   ],
