@@ -121,6 +121,18 @@ def test_prompts_stand_beside_their_pictures_and_negative_ones_reach_guidance(wo
   assert batch['condition'].shape == (4, 6, 4, 6, 16) and batch['image'].shape == (4, 10, 24)
 
 
+def test_prompts_of_another_tokenizer_are_refused(world, tmp_path):
+  config, rec, _ = world
+  tiny_config.write_tokenizer(tmp_path, 'the quick brown fox')
+  other = config.copy_and_resolve_references()
+  other.weights.tokenizer = str(tmp_path)
+  assert precompute.given_store(config, rec) == config.data.path
+  with pytest.raises(
+    InputError, match='made with another tokenizer than .*: encode the prompts ag'
+  ):
+    precompute.given_store(other, rec)
+
+
 def test_a_killed_run_goes_on_and_another_picture_is_refused(world, tmp_path):
   config, rec, folder = world
   path = make(config, rec, folder, tmp_path / 'store')
