@@ -14,11 +14,11 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 
-from salt_jax import data, images, precompute, prompts, tokens, video, weights
+from salt_jax import data, hosts, images, precompute, prompts, tokens, video, weights
 from salt_jax.errors import InputError
 from salt_jax.models.text import pad
 from salt_jax.recipe import Recipe
-from salt_jax.store import Field, fill, sha256
+from salt_jax.store import Field, fill, owed, sha256
 
 
 def _pictures(path: str, count: int) -> list[tuple[str, ...]]:
@@ -44,16 +44,38 @@ def _pictures(path: str, count: int) -> list[tuple[str, ...]]:
   return pictures
 
 
-def _digest(pictures: Sequence[str]) -> str:
-  """SHA-256 of all files; each is decoded too, so that a damaged one is not found behind hours of work.
+def _due(pictures: Sequence[tuple[str, ...]], folder: str, batch: int) -> list[str]:
+  """Those that this process has still to encode, `batch` prompts a shard."""
+  shards = owed(folder, -(-len(pictures) // batch))
+  return [file for n in shards for files in pictures[n * batch : (n + 1) * batch] for file in files]
+
+
+def _check(pictures: Sequence[str]) -> None:
+  """Decodes each, so that a damaged one is not found behind hours of work.
 
   Raises:
     InputError: no such file, or no picture.
   """
 
-  def one(path: str) -> str:
+  def one(path: str) -> None:
     video.read_image(path)
-    return sha256(path)
+
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    list(pool.map(one, pictures))
+
+
+def _digest(pictures: Sequence[str]) -> str:
+  """SHA-256 of all files.
+
+  Raises:
+    InputError: one that cannot be read.
+  """
+
+  def one(path: str) -> str:
+    try:
+      return sha256(path)
+    except OSError as error:
+      raise InputError(f'{path} cannot be read: put the picture there.') from error
 
   with concurrent.futures.ThreadPoolExecutor() as pool:
     return hashlib.sha256(''.join(pool.map(one, pictures)).encode()).hexdigest()
@@ -102,6 +124,7 @@ def pictures_and_prompts(
   rows, length = data.tokenized(path, words)
   negatives = any(other is not None for _, other in rows)
   size = config.video.height, config.video.width
+  hosts.together(lambda: _check(_due(pictures, folder, batch)))
   facts = {
     'prompts': sha256(path),
     'pictures': _digest(list(itertools.chain(*pictures))),

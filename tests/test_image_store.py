@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from configs import selfforcing
-from salt_jax import data, image_store, precompute, recipe, stages, step, tokens, weights
+from salt_jax import data, image_store, precompute, recipe, stages, step, tokens, video, weights
 from salt_jax.errors import InputError
 from salt_jax.models import clip, vae
 from salt_jax.store import Store
@@ -133,13 +133,40 @@ def test_prompts_of_another_tokenizer_are_refused(world, tmp_path):
     precompute.given_store(other, rec)
 
 
-def test_a_killed_run_goes_on_and_another_picture_is_refused(world, tmp_path):
+def test_each_process_checks_the_pictures_that_it_has_still_to_encode(tmp_path, monkeypatch):
+  pictures = [(f'{i}.png', f'{i}.jpg') for i in range(7)]
+  for suffix in ('array_record', 'json'):
+    (tmp_path / f'shard-00001.{suffix}').touch()
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  for host, numbers in ((0, (0, 1, 4, 5)), (1, (6,))):
+    monkeypatch.setattr(jax, 'process_index', lambda host=host: host)
+    want = [f'{i}.{suffix}' for i in numbers for suffix in ('png', 'jpg')]
+    assert image_store._due(pictures, str(tmp_path), 2) == want
+
+
+def test_a_picture_of_a_shard_that_is_there_must_be_there_too(world, tmp_path):
+  config, rec, folder = world
+  (folder / 'gone.png').write_bytes((folder / 'pictures/0.png').read_bytes())
+  (folder / 'gone.csv').write_text('prompt,image\na cat,gone.png\n')
+  make(config, rec, folder, tmp_path, 'gone.csv')
+  (folder / 'gone.png').unlink()
+  with pytest.raises(InputError, match='gone.png cannot be read: put the picture there.'):
+    make(config, rec, folder, tmp_path, 'gone.csv')
+
+
+def test_a_killed_run_goes_on_and_another_picture_is_refused(world, tmp_path, monkeypatch):
   config, rec, folder = world
   path = make(config, rec, folder, tmp_path / 'store')
   for name in ('index.json', 'shard-00001.json'):
     os.unlink(os.path.join(path, name))
   kept = os.stat(os.path.join(path, 'shard-00000.array_record')).st_mtime_ns
-  make(config, rec, folder, path)
+  decoded, read = [], video.read_image
+  with monkeypatch.context() as patch:
+    patch.setattr(video, 'read_image', lambda file: (decoded.append(file), read(file))[1])
+    make(config, rec, folder, path)
+    assert [os.path.basename(file) for file in decoded] == ['3.png'] * 2  # checked, and encoded
+    make(config, rec, folder, path)
+    assert len(decoded) == 2
   assert os.stat(os.path.join(path, 'shard-00000.array_record')).st_mtime_ns == kept
   for i, record in enumerate(map(Store(path, verify=True).__getitem__, range(4))):
     jax.tree.map(np.testing.assert_array_equal, record, Store(config.data.path)[i])
