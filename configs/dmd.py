@@ -12,6 +12,7 @@ method=  sc_dmd (the default), dmd8 (the same grid without the term) or dmd (fou
 """
 
 from configs import base
+from salt_jax.errors import InputError
 
 
 def get_config(arg=None):
@@ -23,6 +24,10 @@ def get_config(arg=None):
     i2v=False,
     flf2v=False,
   )
+  if arg.i2v and arg.flf2v:
+    raise InputError(
+      'the config arguments i2v and flf2v exclude each other: leave one of them out.'
+    )
   nano = arg.size == 'nano'
   config = base.common(
     name=f'dmd-{arg.size}-{arg.method}',

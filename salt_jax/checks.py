@@ -282,6 +282,12 @@ def _check_first_frames(config: ConfigDict) -> None:
       f'teacher.image_dim={towers[0]} must equal model.image_dim={towers[1]}: both are given rows of the CLIP tower, '
       'or neither.'
     )
+  positions = [any(_values(config, f'{name}.image_positions')) for name in ('teacher', 'model')]
+  if 'teacher' in config and positions[0] != positions[1]:
+    raise InputError(
+      f'teacher.image_positions={positions[0]} must equal model.image_positions={positions[1]}: both are given the '
+      'last frame besides the first, or neither.'
+    )
   kind, wanted = config.data.kind, model.in_channels > z_dim
   if wanted and config.size != 'nano' and kind != 'store':
     raise InputError(

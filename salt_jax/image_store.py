@@ -10,23 +10,22 @@ import itertools
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 
-from salt_jax import data, images, precompute, prompts, tokens, video, weights
+from salt_jax import data, hosts, images, precompute, prompts, tokens, video, weights
 from salt_jax.errors import InputError
 from salt_jax.models.text import pad
 from salt_jax.recipe import Recipe
-from salt_jax.store import Field, fill, sha256
+from salt_jax.store import Field, fill, owed, sha256
 
 
 def _pictures(path: str, count: int) -> list[tuple[str, ...]]:
   """The picture of each prompt of a file, or first and last.
 
   Raises:
-    InputError: a prompt without.
+    InputError: a prompt without, or whose picture is no name of a file.
   """
   names = ('image', 'last_image')[:count]
   pictures = [tuple(getattr(entry, name) for name in names) for entry in prompts.read(path)]
@@ -37,19 +36,46 @@ def _pictures(path: str, count: int) -> list[tuple[str, ...]]:
         f'prompt {number} of {path} names no {names[files.index(None)]}: image-to-video wants .jsonl of '
         f'{{"prompt": "...", {keys}}}, or .csv with the columns prompt, {", ".join(names)}.'
       )
+    for name, file in zip(names, files, strict=True):
+      if not isinstance(file, str):
+        raise InputError(
+          f'prompt {number} of {path}: "{name}" must be a string, the name of a file.'
+        )
   return pictures
 
 
-def _digest(pictures: Sequence[str]) -> str:
-  """SHA-256 of all files; each is decoded too, so that a damaged one is not found behind hours of work.
+def _due(pictures: Sequence[tuple[str, ...]], folder: str, batch: int) -> list[str]:
+  """Those that this process has still to encode, `batch` prompts a shard."""
+  shards = owed(folder, -(-len(pictures) // batch))
+  return [file for n in shards for files in pictures[n * batch : (n + 1) * batch] for file in files]
+
+
+def _check(pictures: Sequence[str]) -> None:
+  """Decodes each, so that a damaged one is not found behind hours of work.
 
   Raises:
     InputError: no such file, or no picture.
   """
 
-  def one(path: str) -> str:
+  def one(path: str) -> None:
     video.read_image(path)
-    return sha256(path)
+
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    list(pool.map(one, pictures))
+
+
+def _digest(pictures: Sequence[str]) -> str:
+  """SHA-256 of all files.
+
+  Raises:
+    InputError: one that cannot be read.
+  """
+
+  def one(path: str) -> str:
+    try:
+      return sha256(path)
+    except OSError as error:
+      raise InputError(f'{path} cannot be read: put the picture there.') from error
 
   with concurrent.futures.ThreadPoolExecutor() as pool:
     return hashlib.sha256(''.join(pool.map(one, pictures)).encode()).hexdigest()
@@ -67,11 +93,11 @@ def _negatives(rows: Sequence[tuple], length: int) -> dict[str, np.ndarray]:
 
 def framed(
   pictures: Sequence[UInt8[np.ndarray, 'h w 3']], size: tuple[int, int]
-) -> tuple[Float[Array, '1 k rows columns 3'], list[UInt8[np.ndarray, '1 m n 3']]]:
+) -> tuple[Float[np.ndarray, '1 k rows columns 3'], list[UInt8[np.ndarray, '1 m n 3']]]:
   """The known frames of a video of (rows, columns), of levels 0 .. 255, and what CLIP sees."""
   parts = [images.cropped(picture, size) for picture in pictures]
-  known = [images.bicubic(jnp.asarray(part, jnp.float32), size) for part in parts]
-  return jnp.stack(known)[None], [part[None] for part in parts]
+  known = [images.bicubic(part.astype(np.float32), size) for part in parts]
+  return np.stack(known)[None], [part[None] for part in parts]
 
 
 def pictures_and_prompts(
@@ -98,6 +124,7 @@ def pictures_and_prompts(
   rows, length = data.tokenized(path, words)
   negatives = any(other is not None for _, other in rows)
   size = config.video.height, config.video.width
+  hosts.together(lambda: _check(_due(pictures, folder, batch)))
   facts = {
     'prompts': sha256(path),
     'pictures': _digest(list(itertools.chain(*pictures))),

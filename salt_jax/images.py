@@ -1,5 +1,7 @@
 """Pictures on their way to the VAE and to CLIP, resized as torch does it for Wan 2.1 (wan.md 4.6, 5.5)."""
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
@@ -29,18 +31,27 @@ def _weights(before: int, after: int) -> np.ndarray:
 
 
 def bicubic(
-  images: Float[Array, '... h w c'], size: tuple[int, int]
-) -> Float[Array, '... rows columns c']:
-  """Resizes to (rows, columns) without antialiasing and without clamping: values may leave their range."""
+  images: Float[Array | np.ndarray, '... h w c'], size: tuple[int, int]
+) -> Float[Array | np.ndarray, '... rows columns c']:
+  """Resizes to (rows, columns) without antialiasing and without clamping: values may leave their range.
+
+  What is in NumPy stays there: photos all differ in size, and JAX would compile for each.
+  """
   rows, columns = (_weights(*pair) for pair in zip(images.shape[-3:-1], size, strict=True))
-  images = jnp.einsum('r h, ... h w c -> ... r w c', rows, images, precision='highest')
-  return jnp.einsum('q w, ... r w c -> ... r q c', columns, images, precision='highest')
+  product = functools.partial(jnp.einsum, precision='highest')
+  if isinstance(images, np.ndarray):
+    # Without optimize it sums one by one.
+    product = functools.partial(np.einsum, optimize=True)
+  images = product('r h, ... h w c -> ... r w c', rows, images)
+  return product('q w, ... r w c -> ... r q c', columns, images)
 
 
-def clip_pixels(images: Float[Array, 'b h w 3'], size: int) -> Float[Array, 'b n n 3']:
+def clip_pixels(
+  images: Float[Array | np.ndarray, 'b h w 3'], size: int
+) -> Float[Array | np.ndarray, 'b n n 3']:
   """What the tower is given of pictures in [-1, 1]: squeezed to a square whatever their shape, then normalised."""
   squares = bicubic(images, (size, size)) * 0.5 + 0.5
-  return (squares - jnp.array(MEAN)) / jnp.array(DEVIATION)
+  return (squares - np.array(MEAN, np.float32)) / np.array(DEVIATION, np.float32)
 
 
 def cropped(picture: UInt8[np.ndarray, 'h w c'], size: tuple[int, int]) -> UInt8[np.ndarray, '...']:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from salt_jax import codec, data, images, recipe, weights
+from salt_jax import codec, data, images, recipe, tokens, weights
 from salt_jax.diffusion import flow, forcing, solvers
 from salt_jax.errors import InputError
 from salt_jax.models import clip, wan
@@ -160,19 +160,26 @@ def latents(config: ConfigDict, rec: Recipe, folder: str) -> str:
 
 
 def given_store(config: ConfigDict, rec: Recipe, **own: Field) -> str:
-  """The folder of a store that was made elsewhere, with the fields of `conditions` and a stage's own.
+  """The folder of the config's store, of another run or of `image_store`: fields as of `conditions`, and a stage's own.
 
   Raises:
-    InputError: no finished store, or records of another shape.
+    InputError: no finished store, records of another shape, or prompts of another tokenizer than the config's.
   """
   folder = config.data.path
-  have = Store(folder).fields
+  store = Store(folder)
+  have = store.fields
   for name, field in fields_of(config, rec, **own).items():
     if name not in have or have[name].shape != field.shape:
       found = have[name].shape if name in have else 'absent'
       raise InputError(
         f'data.path={folder}: {name} is {found}, but the config asks for {field.shape}.'
       )
+  made = store.config.get('tokenizer')
+  if made is not None and made != tokens.tokenizer(config, rec).digest:
+    raise InputError(
+      f'data.path={folder} was made with another tokenizer than that of the config: encode the prompts again, or set '
+      'weights.tokenizer back.'
+    )
   return folder
 
 

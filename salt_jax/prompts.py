@@ -17,8 +17,8 @@ class Entry(NamedTuple):
 
   prompt: str
   negative: str | None = None
-  image: str | None = None
-  last_image: str | None = None
+  image: object = None
+  last_image: object = None
 
 
 def read(path: str) -> list[Entry]:
@@ -26,7 +26,8 @@ def read(path: str) -> list[Entry]:
 
   `.jsonl` has on each line a string, or an object with `prompt` and, if wanted, `negative`, `image` and `last_image`;
   `.csv` a header with a column `prompt` and, if wanted, these; any other file one prompt a line. What else stands in an
-  object or a row is not read. Pictures are found from the file's own folder.
+  object or a row is not read. Pictures are found from the file's own folder, or anywhere by a whole path; a value of
+  another type is left as it stands, because whoever wants no pictures does not read it.
 
   Raises:
     InputError: the file is missing, not UTF-8 text, or holds no prompt; or a line is empty or wrong, by its number.
@@ -105,11 +106,16 @@ def _guarded(read_on: Callable, reader: csv.DictReader, path: str):
 
 
 def _checked(path: str, number: int, prompt: object, others: list) -> Entry:
-  for name, value in zip(('prompt', *FIELDS), (prompt, *others), strict=True):
+  negative, *named = others
+  for name, value in (('prompt', prompt), ('negative', negative)):
     if not isinstance(value, str if name == 'prompt' else str | None):
       raise InputError(f'line {number} of prompt file {path}: "{name}" must be a string.')
   if not prompt.strip():
     raise InputError(f'line {number} of prompt file {path} is empty: remove it or fill it.')
-  negative, *named = others
-  folder = os.path.dirname(path)
-  return Entry(prompt.strip(), negative, *(os.path.join(folder, x) if x else None for x in named))
+  return Entry(prompt.strip(), negative, *(_found(os.path.dirname(path), x) for x in named))
+
+
+def _found(folder: str, picture: object) -> object:
+  if isinstance(picture, str):
+    return os.path.join(folder, picture) if picture else None
+  return picture

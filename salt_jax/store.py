@@ -128,10 +128,10 @@ class StoreWriter:
     return os.path.join(self._folder, _shard_name(number))
 
   def _done(self, number: int) -> bool:
-    return os.path.exists(self._card(number)) and os.path.exists(self._path(number))
+    return _is_done(self._folder, number)
 
   def _card(self, number: int) -> str:
-    return self._path(number).removesuffix('.array_record') + '.json'
+    return _card_of(self._path(number))
 
   def _check_same(self, number: int) -> None:
     card = _read_json(self._card(number), 'delete it to write its shard again')
@@ -201,17 +201,34 @@ class StoreWriter:
     )
 
 
+def _card_of(path: str) -> str:
+  return path.removesuffix('.array_record') + '.json'
+
+
+def _is_done(folder: str, number: int) -> bool:
+  path = os.path.join(folder, _shard_name(number))
+  return os.path.exists(_card_of(path)) and os.path.exists(path)
+
+
+def owed(folder: str, shards: int) -> list[int]:
+  """Numbers of the shards that this process has still to write: its own modulo the process count."""
+  if os.path.exists(os.path.join(folder, 'index.json')):
+    return []
+  own = range(jax.process_index(), shards, jax.process_count())
+  return [number for number in own if not _is_done(folder, number)]
+
+
 def fill(folder: str, fields: dict, shards: int, facts: dict, make: Callable[[int], dict]) -> str:
   """Writes the missing shards of a store with `make(number)`, and finishes it; returns the folder.
 
-  Each process writes the shards whose number is its own modulo the process count.
+  Each process writes those that it has `owed`.
 
   Raises:
     InputError: see `StoreWriter`.
   """
   writer = StoreWriter(folder, fields, shards, facts)
   if not os.path.exists(os.path.join(folder, 'index.json')):
-    todo = [n for n in writer.missing() if n % jax.process_count() == jax.process_index()]
+    todo = owed(folder, shards)
     for done, number in enumerate(todo, 1):
       writer.write(number, make(number))
       if done % 10 == 0 or done == len(todo):

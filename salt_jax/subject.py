@@ -145,7 +145,7 @@ class Subject:
     return _roll(self.apply, self.params, self.keys, self.text, plan)
 
   def decode(self, latents: Float[Array, 'b f h w c']) -> UInt8[np.ndarray, 'b t h w 3']:
-    """Videos of the clips of a batch, without those that fill it up; one at a time on the device."""
+    """Videos of the clips of a batch, without those that fill it up; decoded as `codec.decoder` says."""
     own = np.asarray(latents)[: len(self.captions)]
     return codec.decoder(self.rec, self.frozen['vae'])(own)
 

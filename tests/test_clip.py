@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -145,7 +146,10 @@ def test_resizing_is_torch_s_without_antialiasing(before, after):
     align_corners=False,
     antialias=False,
   )
-  got = np.asarray(images.bicubic(given, after))
+  got, on_device = images.bicubic(given, after), images.bicubic(jnp.asarray(given), after)
+  assert isinstance(got, np.ndarray) and isinstance(on_device, jax.Array)
+  # float32 sums of four taps of order one along each side, in another order.
+  np.testing.assert_allclose(got, on_device, atol=2e-6, rtol=0)
   # Torch's taps are float32, whose places are off by 1e-7 of a few hundred pixels.
   np.testing.assert_allclose(got, want.permute(0, 2, 3, 1).numpy(), atol=2e-4, rtol=0)
   assert np.abs(got - jax.image.resize(given, got.shape, 'cubic')).max() > 0.01 or before == after

@@ -134,6 +134,8 @@ def test_the_real_size_is_the_published_one_and_its_defaults_are_wan_s():
   assert teacher.settings(args, config) == teacher.Settings('unipc', 50, 16.0, 5.0)
   with pytest.raises(InputError, match='nano has no first-and-last-frame form: choose one of 14b.'):
     dmd.get_config('nano,flf2v')
+  with pytest.raises(InputError, match='arguments i2v and flf2v exclude each other: leave one of'):
+    dmd.get_config('14b,i2v,flf2v')
 
 
 def test_rows_for_one_picture_are_not_enough(world):

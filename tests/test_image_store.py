@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from configs import selfforcing
-from salt_jax import data, image_store, recipe, stages, step, tokens, weights
+from salt_jax import data, image_store, precompute, recipe, stages, step, tokens, video, weights
 from salt_jax.errors import InputError
 from salt_jax.models import clip, vae
 from salt_jax.store import Store
@@ -84,6 +84,21 @@ def test_a_record_is_the_middle_of_its_picture_as_torch_resizes_it(world, row, p
   np.testing.assert_allclose(record['image'], want, atol=5e-3, rtol=0)
 
 
+def test_a_picture_of_another_size_compiles_nothing(world, caplog):
+  config, rec, _ = world
+  encode, rng = precompute.given(config, rec), np.random.default_rng(1)
+
+  def compiled(size):
+    picture = rng.integers(0, 256, (*size, 3), np.uint8)
+    caplog.clear()
+    with jax.log_compiles():
+      jax.block_until_ready(encode(*image_store.framed([picture], (32, 48))))
+    return [r.getMessage() for r in caplog.records if r.getMessage().startswith('Compiling')]
+
+  assert compiled((50, 70)), 'the log does not tell what is compiled'
+  assert compiled((37, 61)) == []
+
+
 def test_prompts_stand_beside_their_pictures_and_negative_ones_reach_guidance(world):
   config, rec, _ = world
   store, words = Store(config.data.path), tokens.tokenizer(config, rec)
@@ -106,13 +121,52 @@ def test_prompts_stand_beside_their_pictures_and_negative_ones_reach_guidance(wo
   assert batch['condition'].shape == (4, 6, 4, 6, 16) and batch['image'].shape == (4, 10, 24)
 
 
-def test_a_killed_run_goes_on_and_another_picture_is_refused(world, tmp_path):
+def test_prompts_of_another_tokenizer_are_refused(world, tmp_path):
+  config, rec, _ = world
+  tiny_config.write_tokenizer(tmp_path, 'the quick brown fox')
+  other = config.copy_and_resolve_references()
+  other.weights.tokenizer = str(tmp_path)
+  assert precompute.given_store(config, rec) == config.data.path
+  with pytest.raises(
+    InputError, match='made with another tokenizer than .*: encode the prompts ag'
+  ):
+    precompute.given_store(other, rec)
+
+
+def test_each_process_checks_the_pictures_that_it_has_still_to_encode(tmp_path, monkeypatch):
+  pictures = [(f'{i}.png', f'{i}.jpg') for i in range(7)]
+  for suffix in ('array_record', 'json'):
+    (tmp_path / f'shard-00001.{suffix}').touch()
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  for host, numbers in ((0, (0, 1, 4, 5)), (1, (6,))):
+    monkeypatch.setattr(jax, 'process_index', lambda host=host: host)
+    want = [f'{i}.{suffix}' for i in numbers for suffix in ('png', 'jpg')]
+    assert image_store._due(pictures, str(tmp_path), 2) == want
+
+
+def test_a_picture_of_a_shard_that_is_there_must_be_there_too(world, tmp_path):
+  config, rec, folder = world
+  (folder / 'gone.png').write_bytes((folder / 'pictures/0.png').read_bytes())
+  (folder / 'gone.csv').write_text('prompt,image\na cat,gone.png\n')
+  make(config, rec, folder, tmp_path, 'gone.csv')
+  (folder / 'gone.png').unlink()
+  with pytest.raises(InputError, match='gone.png cannot be read: put the picture there.'):
+    make(config, rec, folder, tmp_path, 'gone.csv')
+
+
+def test_a_killed_run_goes_on_and_another_picture_is_refused(world, tmp_path, monkeypatch):
   config, rec, folder = world
   path = make(config, rec, folder, tmp_path / 'store')
   for name in ('index.json', 'shard-00001.json'):
     os.unlink(os.path.join(path, name))
   kept = os.stat(os.path.join(path, 'shard-00000.array_record')).st_mtime_ns
-  make(config, rec, folder, path)
+  decoded, read = [], video.read_image
+  with monkeypatch.context() as patch:
+    patch.setattr(video, 'read_image', lambda file: (decoded.append(file), read(file))[1])
+    make(config, rec, folder, path)
+    assert [os.path.basename(file) for file in decoded] == ['3.png'] * 2  # checked, and encoded
+    make(config, rec, folder, path)
+    assert len(decoded) == 2
   assert os.stat(os.path.join(path, 'shard-00000.array_record')).st_mtime_ns == kept
   for i, record in enumerate(map(Store(path, verify=True).__getitem__, range(4))):
     jax.tree.map(np.testing.assert_array_equal, record, Store(config.data.path)[i])
@@ -130,7 +184,9 @@ def test_a_killed_run_goes_on_and_another_picture_is_refused(world, tmp_path):
   [
     ('q.txt', 'a cat', r'prompt 1 of .*q.txt names no image: image-to-video wants .jsonl of'),
     ('q.csv', 'prompt,image\na cat,pictures/0.png\ngrass,\n', 'prompt 2 of .*q.csv names no image:'),
-    ('q.jsonl', '{"prompt": "a", "image": 3}', 'line 1 of .*q.jsonl: "image" must be a string.'),
+    ('q.jsonl', '"a"\n{"prompt": "a", "image": 3}', 'prompt 1 of .*q.jsonl names no image:'),
+    ('q.jsonl', '{"prompt": "a", "image": 3}', 'prompt 1 of .*q.jsonl: "image" must be a string, th'),
+    ('q.jsonl', '{"prompt": "a", "image": ["0.png"]}', 'prompt 1 of .*: "image" must be a string'),
     ('q.csv', 'prompt,image\na cat,none.png\n', 'none.png cannot be read as a picture: pass a PNG'),
     ('q.csv', 'prompt,image\na cat,cut.png\n', 'cut.png cannot be read as a picture: pass a PNG'),
   ],

@@ -62,6 +62,14 @@ def test_pictures_are_found_from_the_folder_of_the_file(tmp_path, name, content)
   assert prompts.read(write(tmp_path, name, content)) == wanted
 
 
+def test_what_text_to_video_does_not_read_may_be_of_any_type(tmp_path):
+  lines = (
+    '{"prompt": "a bag", "image": ["x.png"]}\n{"prompt": "a dress", "last_image": {"bytes": ""}}'
+  )
+  rows, _ = data.tokenized(write(tmp_path, 'p.jsonl', lines), WORDS)
+  assert len(rows) == 2
+
+
 @pytest.mark.parametrize(
   'name, content, sentence',
   [

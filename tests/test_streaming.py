@@ -227,6 +227,20 @@ def test_behind_a_sink_that_stays_frames_see_it_besides_each_other(clips, chunk,
   np.testing.assert_array_equal(new.frames, cache.frames)
 
 
+@pytest.mark.parametrize('chunk, slots', [(None, SINK), (3, SINK), (1, SINK + 2)])
+def test_no_slots_are_multiplied_that_no_chunk_of_the_window_reads(clips, chunk, slots):
+  cache, given = clips[2].cache, []
+
+  def apply(params, x, t, prompt, context):
+    given.append(context.cache.capacity)
+    own = jnp.zeros((*cache.k.shape[:2], x.shape[1], *cache.k.shape[3:]))
+    return x, context.cache.replace(k=own, v=own)
+
+  again = functools.partial(streaming.recache, apply, global_sink=True, chunk=chunk)
+  jax.eval_shape(again, {}, cache, clips[2].x0[:, -WINDOW:], tiny.prompt(), jnp.int32(10))
+  assert set(given) == {slots}
+
+
 def test_a_switch_within_the_sink_that_stays_changes_nothing(clips):
   cache = clips[0].cache
   jax.tree.map(

@@ -104,6 +104,11 @@ def test_the_configs_that_ship_are_accepted():
     ),
     (
       'tower',
+      {'model.image_positions': True, 'model.image_len': 20},
+      'teacher.image_positions=False must equal model.image_positions=True: both are',
+    ),
+    (
+      'tower',
       {'model.in_channels': 16},
       'model.image_dim=24 is of image-to-video: set model.in_channels for given',
     ),

@@ -128,12 +128,14 @@ def _write(folder, name, cfg, seed):
   convert.save_params(os.path.join(folder, f'{name}.safetensors'), params, network)
 
 
-def write_tokenizer(folder):
-  """A `spiece.model` of some English and Chinese with UMT5's symbols at their places."""
+def write_tokenizer(folder, *more):
+  """A `spiece.model` of some English and Chinese, and more sentences, with UMT5's symbols at their places."""
   import sentencepiece  # children that read configs alone need none
 
   sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(['a cat walks on the grass, slowly', '色调艳丽,过曝,静态,画面'] * 30),
+    sentence_iterator=iter(
+      ['a cat walks on the grass, slowly', '色调艳丽,过曝,静态,画面', *more] * 30
+    ),
     model_prefix=os.path.join(folder, 'spiece'),
     vocab_size=300,
     hard_vocab_limit=False,

@@ -223,18 +223,26 @@ def _recached_behind_sink(apply, params, cache, latents, prompt, start, chunk, t
     return cache
   _check_chunks(count, chunk)
   size, first = chunk or count, start + sink
-  # Only what these frames may see: the sink, and behind it room for themselves.
+  # Only what these frames may see: the sink, and behind it room for all chunks but the last.
+  room = count - size
   held = jax.tree.map(lambda x: x[:, :, :sink], (cache.k, cache.v))
-  held = [jnp.pad(x, ((0, 0), (0, 0), (0, count), (0, 0), (0, 0), (0, 0))) for x in held]
-  frames = jnp.pad(cache.frames[:sink], (0, count), constant_values=-1)
+  held = [jnp.pad(x, ((0, 0), (0, 0), (0, room), (0, 0), (0, 0), (0, 0))) for x in held]
+  frames = jnp.pad(cache.frames[:sink], (0, room), constant_values=-1)
   seen = cache.replace(k=held[0], v=held[1], frames=frames, window=None)
 
+  def own_of(part, seen, at):
+    times = jnp.full((b, size), t, jnp.float32)
+    return apply(params, part, times, prompt, Chunk(seen, at))[1]
+
   def one(seen, i):
-    part = jax.lax.dynamic_slice_in_dim(latents, i * size, size, axis=1)
     at = first + i * size
-    _, own = apply(params, part, jnp.full((b, size), t, jnp.float32), prompt, Chunk(seen, at))
+    own = own_of(jax.lax.dynamic_slice_in_dim(latents, i * size, size, axis=1), seen, at)
+    # The last chunk overwrites an earlier one, which nobody reads any more.
     return write(seen, own.k, own.v, at), (own.k, own.v)
 
+  if not room:
+    own = own_of(latents, seen, first)
+    return rewrite(cache, own.k, own.v, first, keep_sink=True)
   _, own = jax.lax.scan(one, seen, jnp.arange(count // size))
   k, v = (rearrange(x, 'i layer b f ... -> layer b (i f) ...') for x in own)
   return rewrite(cache, k, v, first, keep_sink=True)
