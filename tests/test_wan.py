@@ -6,6 +6,7 @@ import math
 import re
 
 import diffusers
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -326,6 +327,17 @@ def test_frames_of_another_length_than_the_whole_clip_are_refused():
     InputError, match="6 latent frames from frame 0 on do not fit the prompt's 12"
   ):
     _clip(tiny.params(0, tiny.I2V), tiny.latents(1), tiny.levels(2), prompt, None, tiny.I2V)
+
+
+@pytest.mark.parametrize('path', ['blocks.norm3.weight', 'blocks.ffn_0.kernel', 'head.modulation'])
+def test_a_parameter_of_another_shape_is_refused(path):
+  """Also one that would be broadcast."""
+  *parents, last = path.split('.')
+  params = jax.tree.map(lambda x: x, tiny.params())
+  node = functools.reduce(lambda node, key: node[key], parents, params)
+  node[last] = node[last][..., :1]
+  with pytest.raises(flax.errors.ScopeParamShapeError, match=last):
+    jax.eval_shape(_clip, params, tiny.latents(1), tiny.levels(2), tiny.prompt())
 
 
 def test_more_outputs_than_inputs_are_refused():
