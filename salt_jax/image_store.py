@@ -96,8 +96,7 @@ def framed(
 ) -> tuple[Float[np.ndarray, '1 k rows columns 3'], list[UInt8[np.ndarray, '1 m n 3']]]:
   """The known frames of a video of (rows, columns), of levels 0 .. 255, and what CLIP sees."""
   parts = [images.cropped(picture, size) for picture in pictures]
-  known = [images.bicubic(part.astype(np.float32), size) for part in parts]
-  return np.stack(known)[None], [part[None] for part in parts]
+  return images.resized(parts, size), [part[None] for part in parts]
 
 
 def pictures_and_prompts(

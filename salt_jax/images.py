@@ -1,6 +1,7 @@
 """Pictures on their way to the VAE and to CLIP, resized as torch does it for Wan 2.1 (wan.md 4.6, 5.5)."""
 
 import functools
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +53,13 @@ def clip_pixels(
   """What the tower is given of pictures in [-1, 1]: squeezed to a square whatever their shape, then normalised."""
   squares = bicubic(images, (size, size)) * 0.5 + 0.5
   return (squares - np.array(MEAN, np.float32)) / np.array(DEVIATION, np.float32)
+
+
+def resized(
+  pictures: Sequence[UInt8[np.ndarray, 'h w 3']], size: tuple[int, int]
+) -> Float[np.ndarray, '1 k rows columns 3']:
+  """Pictures as the known frames of a clip of (rows, columns), of levels 0 .. 255 but for `bicubic`."""
+  return np.stack([bicubic(picture.astype(np.float32), size) for picture in pictures])[None]
 
 
 def cropped(picture: UInt8[np.ndarray, 'h w c'], size: tuple[int, int]) -> UInt8[np.ndarray, '...']:

@@ -17,7 +17,6 @@ class Reports:
 
   def __init__(self, folder: str):
     self._folder = folder
-    os.makedirs(folder, exist_ok=True)
 
   def find(self, key: str, read: Callable[[dict], Found]) -> Found | None:
     """What `read` makes of the finding of a key; None if there is none.

@@ -4,9 +4,8 @@ import math
 import os
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree, UInt8
+from jaxtyping import Float, PyTree, UInt8
 from ml_collections import ConfigDict
 
 from salt_jax import convert, images, places, recipe, tensor_files, video, weights
@@ -129,7 +128,7 @@ def given_pictures(
 
 def fitted(
   config: ConfigDict, rec: Recipe, picture: UInt8[np.ndarray, 'h w 3'], *others: np.ndarray
-) -> tuple[ConfigDict, Recipe, Float[Array, '1 k rows columns 3']]:
+) -> tuple[ConfigDict, Recipe, Float[np.ndarray, '1 k rows columns 3']]:
   """Config and recipe for a video of the picture's shape and the config's area, and its known frames (wan.md 5.5).
 
   Frames are as torch resizes them: not antialiased, and neither rounded nor clamped to 0 .. 255. Of the others the
@@ -142,8 +141,7 @@ def fitted(
     config.video.height, config.video.width = size
     rec = recipe.build(config)
   parts = picture, *(images.cropped(other, picture.shape[:2]) for other in others)
-  frames = [images.bicubic(jnp.asarray(part, jnp.float32), size) for part in parts]
-  return config, rec, jnp.stack(frames)[None]
+  return config, rec, images.resized(parts, size)
 
 
 def load_teacher(

@@ -31,21 +31,23 @@ class Settings:
   guidance: float
 
 
-def wan_shift(height: int, width: int, first_frame: bool) -> float:
-  """Wan's shift at a size: 5, but 3 for image-to-video up to 480x832 (wan.md 5.5)."""
-  return SHIFT_SMALL_I2V if first_frame and height * width <= SMALL else SHIFT
+def wan_shift(height: int, width: int, frames: int) -> float:
+  """Wan's shift at a size: 5, behind a given frame 3 up to 480x832, and between first and last 16 (wan.md 5.5)."""
+  if frames == 2:
+    return SHIFT_FLF2V
+  return SHIFT_SMALL_I2V if frames and height * width <= SMALL else SHIFT
 
 
 def settings(args, config: ConfigDict) -> Settings:
   """What the flags say, and for the rest Wan's own defaults, or the report's in the nano world."""
   own = config.evaluate if config.size == 'nano' else {}
-  given_frames = config.model.in_channels > config.vae.z_dim
+  given = config.model.in_channels > config.vae.z_dim
   last = 'image_positions' in config.model and config.model.image_positions
-  wans = wan_shift(config.video.height, config.video.width, given_frames)
-  shift = own.get('shift', SHIFT_FLF2V if last else wans)
+  frames = given * (1 + last)
+  shift = own.get('shift', wan_shift(config.video.height, config.video.width, frames))
   return Settings(
     solver=args.sampler,
-    steps=args.steps or (STEPS_I2V if given_frames and not last else STEPS),
+    steps=args.steps or (STEPS_I2V if frames == 1 else STEPS),
     shift=shift if args.shift is None else args.shift,
     guidance=own.get('guidance', GUIDANCE) if args.guidance is None else args.guidance,
   )

@@ -63,7 +63,7 @@ def _is_there(path: str) -> bool:
 
 
 def shapes(network: str, cfg) -> PyTree:
-  """Shapes of a network's parameters; nothing is allocated."""
+  """Shapes of a network's parameters, a tree of the caller's own; nothing is allocated."""
   return jax.tree.map(lambda x: x, _shapes(network, cfg))
 
 

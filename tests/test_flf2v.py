@@ -36,14 +36,8 @@ def world(tmp_path_factory):
   """(config of the real size but for its numbers, recipe, folder of weights and pictures)."""
   folder = tmp_path_factory.mktemp('world')
   tiny_config.write_tokenizer(folder)
-  config = tiny_config.shrink(dmd.get_config('14b,flf2v'), str(folder))
-  config.clip.update(size=42, patch=14, dim=24, mlp_dim=40, heads=3, layers=3, out_dim=10)
-  for name in ('model', 'teacher'):
-    config[name].update(image_dim=24, image_len=20, attention='dense')
-  config.text.update(vocab=512, dim=64, dim_attn=64, heads=4, ffn_dim=32, layers=2, dtype='float32')
-  config.text_length, config.weights.tokenizer = 16, str(folder)
+  config = tiny_config.get_pictured(dmd.get_config('14b,flf2v'), str(folder))
   config.rollout.chunk = 6
-  config.video.update(height=32, width=48)
   rec = recipe.build(config)
   cfgs = {'vae': rec.vae, 'text': rec.text, 'clip': rec.clip, 'teacher': rec.teacher}
   for seed, (name, cfg) in enumerate(cfgs.items()):

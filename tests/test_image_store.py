@@ -31,13 +31,7 @@ def world(tmp_path_factory):
   """(config of a real size but for its numbers, recipe, folder of its weights, pictures and prompts)."""
   folder = tmp_path_factory.mktemp('world')
   tiny_config.write_tokenizer(folder)
-  config = tiny_config.shrink(selfforcing.get_config('14b,i2v'), str(folder))
-  config.clip.update(size=42, patch=14, dim=24, mlp_dim=40, heads=3, layers=3, out_dim=10)
-  for name in ('model', 'teacher'):
-    config[name].update(image_dim=24, image_len=10)
-  config.text.update(vocab=512, dim=64, dim_attn=64, heads=4, ffn_dim=32, layers=2, dtype='float32')
-  config.text_length, config.weights.tokenizer = 16, str(folder)
-  config.video.update(height=32, width=48)
+  config = tiny_config.get_pictured(selfforcing.get_config('14b,i2v'), str(folder))
   rng = np.random.default_rng(0)
   (folder / 'pictures').mkdir()
   for i, size in enumerate(SIZES):

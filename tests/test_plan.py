@@ -117,6 +117,7 @@ def test_an_equal_program_is_compiled_once(fits, tmp_path, monkeypatch):
 
   monkeypatch.setattr(estimate, '_compiled', compiling)
   folder = str(tmp_path / 'kept')
+  (tmp_path / 'kept').mkdir()
   first = _reported(_program(2**26), kept.Reports(folder))
   again = _reported(_program(2**26), kept.Reports(folder))
   assert len(compiled) == 1 and again == first and bool(first.change) == (not fits)

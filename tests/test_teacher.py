@@ -96,8 +96,8 @@ def test_latents_are_those_of_diffusers_loop_with_guidance(world):
 
 
 def test_defaults_are_wans():
-  assert teacher.wan_shift(480, 832, True) == 3.0 and teacher.wan_shift(720, 1280, True) == 5.0
-  assert teacher.wan_shift(480, 832, False) == teacher.wan_shift(720, 1280, False) == 5.0
+  assert teacher.wan_shift(480, 832, 1) == 3.0 and teacher.wan_shift(720, 1280, 1) == 5.0
+  assert teacher.wan_shift(480, 832, 0) == teacher.wan_shift(720, 1280, 0) == 5.0
   config = pretrain.get_config('teacher')
   own = teacher.settings(_args('', steps=None), config)
   assert own == teacher.Settings('unipc', 50, 5.0, 4.0), "the nano world's report"

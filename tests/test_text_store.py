@@ -215,29 +215,27 @@ def arguments(monkeypatch):
   flags.FLAGS.unparse_flags()
 
 
-def test_the_program_encodes_with_the_weights_that_ship(arguments, tmp_path):
-  (tmp_path / 'p.txt').write_text('a red bag moves left\na blue bag moves up\na bag\n')
+def _encoded(arguments, config, prompts, output):
   with pytest.raises(SystemExit) as stop:
     arguments(
-      '--config=configs/selfforcing.py:nano',
-      f'--prompts={tmp_path}/p.txt',
-      f'--output={tmp_path}/texts',
+      f'--config=configs/selfforcing.py:{config}',
+      f'--prompts={prompts}',
+      f'--output={output}',
       '--batch=2',
     )
   assert not stop.value.code
+
+
+def test_the_program_encodes_with_the_weights_that_ship(arguments, tmp_path):
+  (tmp_path / 'p.txt').write_text('a red bag moves left\na blue bag moves up\na bag\n')
+  _encoded(arguments, 'nano', tmp_path / 'p.txt', tmp_path / 'texts')
   assert [len(Store(f'{tmp_path}/texts')[i]['text']) for i in range(3)] == [6, 6, 3]
 
 
 def test_the_program_encodes_pictures_for_a_network_that_is_given_them(arguments, tmp_path):
   Image.new('RGB', (90, 50), 'red').save(tmp_path / 'red.png')
   (tmp_path / 'p.csv').write_text('prompt,image\na red bag moves left,red.png\n')
-  with pytest.raises(SystemExit) as stop:
-    arguments(
-      '--config=configs/selfforcing.py:nano,i2v',
-      f'--prompts={tmp_path}/p.csv',
-      f'--output={tmp_path}/first_frames',
-    )
-  assert not stop.value.code
+  _encoded(arguments, 'nano,i2v', tmp_path / 'p.csv', tmp_path / 'first_frames')
   store = Store(f'{tmp_path}/first_frames')
   assert set(store.fields) == {'ids', 'mask', 'condition'}
   assert store[0]['condition'].shape == (21, 8, 8, 16) and store[0]['mask'].sum() == 6

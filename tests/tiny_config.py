@@ -20,6 +20,7 @@ from salt_jax.models import clip, text, vae, wan
 DIT = dict(
   dim=32, ffn_dim=48, heads=2, layers=2, text_dim=64, text_len=16, dtype='float32', remat=True
 )
+TOWER = dict(size=42, patch=14, dim=24, mlp_dim=40, heads=3, layers=3, out_dim=10)  # of 10 rows
 
 
 def shrink(config, folder):
@@ -89,17 +90,32 @@ def get_sharded(folder):
 
 def get_wan(folder):
   """A student of a real size but for its numbers: UMT5's tokenizer in the folder, no judge, all split over devices."""
-  config = shrink(selfforcing.get_config('1.3b'), folder)
+  config = _with_umt5(shrink(selfforcing.get_config('1.3b'), folder), folder)
+  config.update(rules=(('.*', 'fsdp'),), shard_min_size=16)
+  return config
+
+
+def _with_umt5(config, folder):
   config.text.update(vocab=512, dim=64, dim_attn=64, heads=4, ffn_dim=32, layers=2, dtype='float32')
-  config.update(text_length=16, rules=(('.*', 'fsdp'),), shard_min_size=16)
-  config.weights.tokenizer = folder
+  config.text_length, config.weights.tokenizer = 16, folder
+  return config
+
+
+def get_pictured(config, folder):
+  """A config of a real size that is given pictures, but for its numbers: frames of 32x48, a tokenizer in the folder."""
+  config = _with_umt5(shrink(config, folder), folder)
+  config.clip.update(TOWER)
+  for name in ('model', 'teacher'):
+    rows = 10 * (1 + config[name].image_positions)
+    config[name].update(image_dim=24, image_len=rows, attention='dense')
+  config.video.update(height=32, width=48)
   return config
 
 
 def get_tower(folder):
   """The same with networks that are given rows of a CLIP tower too."""
   config = get_i2v(folder)
-  config.clip = dict(size=42, patch=14, dim=24, mlp_dim=40, heads=3, layers=3, out_dim=10)
+  config.clip = dict(TOWER)
   for name in ('model', 'teacher'):
     config[name].update(image_dim=24, image_len=10)
   config.weights.clip = f'{folder}/clip.safetensors'

@@ -200,13 +200,15 @@ def recache(
     InputError: frames that do not divide into chunks.
   """
   params, latents, prompt = jax.lax.stop_gradient((params, latents, prompt))
+
+  def read(part, ctx):
+    t = jnp.full(part.shape[:2], 1000 * context_noise, jnp.float32)
+    return apply(params, part, t, prompt, ctx)[1]
+
   if global_sink and cache.sink:
-    return _recached_behind_sink(
-      apply, params, cache, latents, prompt, start, chunk, 1000 * context_noise
-    )
+    return _recached_behind_sink(read, cache, latents, start, chunk)
   _check_chunks(latents.shape[1], chunk)
-  t = jnp.full(latents.shape[:2], 1000 * context_noise, jnp.float32)
-  _, own = apply(params, latents, t, prompt, Clip(chunk=chunk, start=jnp.asarray(start)))
+  own = read(latents, Clip(chunk=chunk, start=jnp.asarray(start)))
   return rewrite(cache, own.k, own.v, start, keep_sink=global_sink)
 
 
@@ -215,10 +217,10 @@ def _check_chunks(count: int, chunk: int | None) -> None:
     raise InputError(f'{count} frames to cache anew do not divide into chunks of {chunk}.')
 
 
-def _recached_behind_sink(apply, params, cache, latents, prompt, start, chunk, t):
+def _recached_behind_sink(read, cache, latents, start, chunk):
   """`recache` for a sink that stays, one chunk or all of the frames behind it at a time."""
   sink, latents = cache.sink, latents[:, cache.sink :]
-  b, count = latents.shape[:2]
+  count = latents.shape[1]
   if not count:
     return cache
   _check_chunks(count, chunk)
@@ -230,18 +232,14 @@ def _recached_behind_sink(apply, params, cache, latents, prompt, start, chunk, t
   frames = jnp.pad(cache.frames[:sink], (0, room), constant_values=-1)
   seen = cache.replace(k=held[0], v=held[1], frames=frames, window=None)
 
-  def own_of(part, seen, at):
-    times = jnp.full((b, size), t, jnp.float32)
-    return apply(params, part, times, prompt, Chunk(seen, at))[1]
-
   def one(seen, i):
     at = first + i * size
-    own = own_of(jax.lax.dynamic_slice_in_dim(latents, i * size, size, axis=1), seen, at)
+    own = read(jax.lax.dynamic_slice_in_dim(latents, i * size, size, axis=1), Chunk(seen, at))
     # The last chunk overwrites an earlier one, which nobody reads any more.
     return write(seen, own.k, own.v, at), (own.k, own.v)
 
   if not room:
-    own = own_of(latents, seen, first)
+    own = read(latents, Chunk(seen, first))
     return rewrite(cache, own.k, own.v, first, keep_sink=True)
   _, own = jax.lax.scan(one, seen, jnp.arange(count // size))
   k, v = (rearrange(x, 'i layer b f ... -> layer b (i f) ...') for x in own)

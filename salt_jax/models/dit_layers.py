@@ -11,6 +11,8 @@ from jaxtyping import Array, Float
 
 from salt_jax.models import modules
 
+PATCH = 2  # rows, and columns, of latents to a token
+
 
 def layer_norm(x: Float[Array, '... d'], eps: float) -> Float[Array, '... d']:
   """LayerNorm without parameters, statistics in float32, result in float32."""
@@ -71,3 +73,20 @@ class ImageEmbedding(modules.Module):
     h = project(cfg.image_dim, cfg, 'proj_1')(AffineLayerNorm(1e-5, name='proj_0')(rows))
     h = project(cfg.dim, cfg, 'proj_3')(jax.nn.gelu(h, approximate=False))
     return AffineLayerNorm(1e-5, name='proj_4')(h)
+
+
+class Head(modules.Module):
+  """Modulated norm and the patches of the velocity (wan.md 1.7)."""
+
+  cfg: object
+
+  @nn.compact
+  def __call__(self, x, time):
+    cfg = self.cfg
+    modulation = self.param('modulation', nn.initializers.normal(cfg.dim**-0.5), (1, 2, cfg.dim))
+    shift, scale = jnp.split(modulation[:, None] + time[:, :, None], 2, axis=2)
+    h = layer_norm(x, cfg.eps) * (1 + scale) + shift
+    out = modules.Dense(
+      cfg.out_channels * PATCH**2, dtype=jnp.float32, kernel_init=nn.initializers.zeros, name='head'
+    )
+    return out(h)

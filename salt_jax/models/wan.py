@@ -27,7 +27,9 @@ from salt_jax.models import prompt as prompts
 from salt_jax.models.attention import Kernel
 from salt_jax.models.cache import KVCache, visible_runs, visible_slots
 from salt_jax.models.dit_layers import (
+  PATCH,
   AffineLayerNorm,
+  Head,
   ImageEmbedding,
   RMSNorm,
   layer_norm,
@@ -36,7 +38,6 @@ from salt_jax.models.dit_layers import (
 )
 from salt_jax.models.prompt import Prompt
 
-PATCH = 2
 INPUT = 'block_input'
 REMAT_NAMES = (attention.SAVED, INPUT)  # what a remat policy can name
 
@@ -316,21 +317,6 @@ def _rematerialised(cfg: WanConfig):
     offload_dst='pinned_host',
   )
   return nn.remat(Block, prevent_cse=False, policy=policy)
-
-
-class Head(modules.Module):
-  cfg: WanConfig
-
-  @nn.compact
-  def __call__(self, x, time):
-    cfg = self.cfg
-    modulation = self.param('modulation', nn.initializers.normal(cfg.dim**-0.5), (1, 2, cfg.dim))
-    shift, scale = jnp.split(modulation[:, None] + time[:, :, None], 2, axis=2)
-    h = layer_norm(x, cfg.eps) * (1 + scale) + shift
-    out = modules.Dense(
-      cfg.out_channels * PATCH**2, dtype=jnp.float32, kernel_init=nn.initializers.zeros, name='head'
-    )
-    return out(h)
 
 
 class Wan(modules.Module):
