@@ -241,6 +241,22 @@ def test_no_slots_are_multiplied_that_no_chunk_of_the_window_reads(clips, chunk,
   assert set(given) == {slots}
 
 
+@pytest.mark.parametrize('stays', [True, False])
+def test_recaching_tells_the_level_of_the_cache(clips, stays):
+  cache, told = clips[2].cache, []
+
+  def apply(params, x, t, prompt, context):
+    told.append(t)
+    own = jnp.zeros((*cache.k.shape[:2], x.shape[1], *cache.k.shape[3:]))
+    return x, cache.replace(k=own, v=own)
+
+  again = functools.partial(streaming.recache, apply, global_sink=stays, context_noise=0.1)
+  again({}, cache, clips[2].x0[:, -WINDOW:], tiny.prompt(), jnp.int32(10))
+  np.testing.assert_allclose(
+    told[0], np.full((tiny.BATCH, WINDOW - SINK * stays), 100.0), rtol=1e-6
+  )
+
+
 def test_a_switch_within_the_sink_that_stays_changes_nothing(clips):
   cache = clips[0].cache
   jax.tree.map(
