@@ -158,6 +158,7 @@ def common(name: str, stage: str, size: str, total_steps: int, batch: int) -> Co
       seed=0,
       total_steps=total_steps,
       batch=batch,  # global, over all devices
+      accumulate=1,  # parts of a batch, one after another: less memory, the same update
       video=geometry(size),
       vae=vae_section(size),
       text=text_section(size),

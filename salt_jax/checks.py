@@ -32,6 +32,7 @@ def _of_optimizers(*fields: str) -> tuple[str, ...]:
 
 _POSITIVE = (
   'batch',
+  'accumulate',
   'total_steps',
   'text_length',
   'video.frames',
@@ -146,6 +147,8 @@ def check(config: ConfigDict) -> None:
     )
   if any(_values(config, 'log.samples_every')):
     _check_samples(config)
+  if config.get('accumulate', 1) > 1:
+    _check_accumulate(config)
   _check_causal(config)
   _check_clips(config)
 
@@ -207,6 +210,17 @@ def _dtypes(config: ConfigDict) -> None:
       if value not in convert.DTYPES:
         known = ', '.join(convert.DTYPES)
         raise InputError(f'{path}={value} is unknown: choose one of {known}.')
+
+
+def _check_accumulate(config: ConfigDict) -> None:
+  """Only steps whose examples share nothing are taken in parts."""
+  why = ''
+  if config.stage == 'vae':
+    why = 'the stage "vae" draws one noise for its whole batch'
+  elif 'streaming' in config:
+    why = 'streaming carries the cache of its whole batch from step to step'
+  if why:
+    raise InputError(f'accumulate={config.accumulate} does not fit: {why}. Set it to 1.')
 
 
 def _check_samples(config: ConfigDict) -> None:
@@ -421,7 +435,7 @@ def check_mesh(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
   Raises:
     InputError: naming the axis and what it must divide.
   """
-  check_batch(config.batch, mesh)
+  check_batch(config.batch, mesh, config.get('accumulate', 1))
   tensor, context = mesh.shape['tensor'], mesh.shape['context']
   for name in ('model', 'teacher'):
     if name in config and config[name].heads % (tensor * context):
@@ -436,14 +450,15 @@ def check_mesh(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
     )
 
 
-def check_batch(batch: int, mesh: jax.sharding.Mesh) -> None:
-  """Refuses a global batch that the mesh cannot split.
+def check_batch(batch: int, mesh: jax.sharding.Mesh, parts: int = 1) -> None:
+  """Refuses a global batch that the mesh cannot split, each of its parts by itself.
 
   Raises:
     InputError: naming a size that it can split.
   """
   shards = mesh.shape['data'] * mesh.shape['fsdp']
-  if batch % shards:
+  if batch % (parts * shards):
+    times = f' x accumulate = {parts * shards} parts' if parts > 1 else f' = {shards} shards'
     raise InputError(
-      f'batch={batch} cannot be split over data x fsdp = {shards} shards; make it a multiple of {shards}.'
+      f'batch={batch} cannot be split over data x fsdp{times}; make it a multiple of {parts * shards}.'
     )

@@ -87,7 +87,8 @@ def cpu_devices(config: ConfigDict) -> int:
   # Where there is no affinity, as on macOS, all cores are ours.
   cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
   batches = [config[name].batch for name in ('latents', 'pairs') if name in config]
-  return math.gcd(2 ** (cores.bit_length() - 1), config.batch, *batches)
+  part = config.batch // max(1, config.accumulate)
+  return math.gcd(2 ** (cores.bit_length() - 1), part, *batches)
 
 
 def define_config(help_string: str, default: str | None = None) -> flags.FlagHolder[ConfigDict]:

@@ -46,7 +46,7 @@ class Report:
     usable: HBM.
     arguments, temporaries, code: parts of `needed`, the second with results and at its highest; None where the
       compiler gave up.
-    clips: of a shard of the batch.
+    clips: of a shard of the batch, at once.
     every: iterations from one run to the next; 0 is no part of training.
     steps: of an iteration of training, this one included.
     forward, backward, again: FLOPs by formula, and those spent on recomputation.
@@ -244,7 +244,14 @@ def _advice(
   if clips > 1:
     return (
       f'a shard works on {clips:g} clips at once: take a larger slice, or set '
-      f'--config.batch={program.shards}.'
+      f'--config.accumulate={round(clips * config.accumulate)}.'
     )
-  context = 2 * mesh.shape['context']
-  return f'a clip is too long for its devices: take a larger slice and set --config.mesh.context={context}.'
+  fsdp, context = mesh.shape['fsdp'], 2 * mesh.shape['context']
+  words = f'a clip is too long for its devices: take a larger slice and set --config.mesh.context={context}'
+  if program.every and fsdp % 2 == 0:
+    # The same devices, twice as many for half of the clips.
+    words += (
+      f'; or on this one set that, --config.mesh.fsdp={fsdp // 2} and '
+      f'--config.accumulate={2 * config.accumulate}'
+    )
+  return f'{words}.'

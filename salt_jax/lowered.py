@@ -27,7 +27,7 @@ class Program(NamedTuple):
     name: of the step, or sample or decode.
     lower: traces it.
     clips: that it works on.
-    shards: parts that they are split into.
+    shards: parts that they are split into, over devices and one after another.
     parts: FLOPs of a clip by formula; none for the VAE, whose convolutions the compiler counts.
     passes: of the loops whose length is drawn, in the mean.
     every: iterations from one run to the next; 0 is no part of training.
@@ -102,13 +102,13 @@ def _steps(config: ConfigDict, rec: Recipe, mesh: Mesh) -> dict[str, Program]:
       work.name,
       functools.partial(lower, work),
       config.batch,
-      shards(mesh),
+      shards(mesh) * rec.accumulate,
       counts.get(work.name, []),
       passes,
       work.every,
       len(what.work),
       inputs,
-      _cache(rec, mesh, config.batch) if config.stage == 'selfforcing' else 0.0,
+      _cache(rec, mesh, config.batch // rec.accumulate) if config.stage == 'selfforcing' else 0.0,
       tuple(told.items()),
     )
     for work in what.work

@@ -142,7 +142,7 @@ def meshed(config: ConfigDict, slice_: Slice) -> ConfigDict:
   """The config with a mesh for a slice: a clip a device while the batch lasts, then a clip over several."""
   sized = ConfigDict(config.to_dict())
   one = slice_.devices // slice_.count
-  fsdp = math.gcd(one, max(1, config.batch // slice_.count))
+  fsdp = math.gcd(one, max(1, config.batch // (slice_.count * config.accumulate)))
   sized.mesh.update(data=slice_.count, fsdp=fsdp, context=one // fsdp, tensor=1)
   return sized
 
@@ -158,9 +158,10 @@ def written(config: ConfigDict, slice_: Slice, made: list[Report]) -> str:
   """The reports as text."""
   generation = slice_.generation
   axes = ', '.join(f'{axis}={size}' for axis, size in config.mesh.items())
+  parts = f' in {config.accumulate} parts' if config.accumulate > 1 else ''
   lines = [
     f'{config.name} on {slice_.name}: {slice_.chips} chips, {slice_.devices} devices of {generation.hbm / GIB:.2f} GiB '
-    f'each; mesh {axes}; batch {config.batch}. All figures are of one device'
+    f'each; mesh {axes}; batch {config.batch}{parts}. All figures are of one device'
     + (', two of which are a chip.' if generation.cores > 1 else '.')
   ]
   for one in made:

@@ -42,6 +42,7 @@ class Recipe:
   optimizers: Mapping
   ema_decay: float
   ema_start: int
+  accumulate: int = 1  # parts of a batch that a step takes one after another
   clip: ClipConfig | None = None
   model: WanConfig | None = None
   teacher: WanConfig | None = None
@@ -101,7 +102,15 @@ def build(config: ConfigDict, device: tuple[str, str] | None = None) -> Recipe:
   ):
     if name in config:
       fields[name] = section(cls, config, name)
-  for name in ('generator_every', 'l1_weight', 'kl_weight', 'text_dropout', 'flow_shift'):
+  # Files of before `accumulate` are read too.
+  for name in (
+    'accumulate',
+    'generator_every',
+    'l1_weight',
+    'kl_weight',
+    'text_dropout',
+    'flow_shift',
+  ):
     if name in config:
       fields[name] = config[name]
   return Recipe(**fields)

@@ -5,11 +5,12 @@ All randomness of step n comes from `fold_in(seed, n)` and an example's index in
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from salt_jax import optim
 from salt_jax.diffusion import flow
@@ -122,45 +123,79 @@ def means(aux: dict) -> dict:
   return {name: jnp.mean(value) for name, value in aux.items()}
 
 
+def gradients(
+  loss: Callable, params: PyTree, examples: PyTree, recipe: Recipe
+) -> tuple[PyTree, dict]:
+  """Gradient of the mean loss of examples, and what these say, over `recipe.accumulate` parts one after another.
+
+  Parts take memory for their own examples alone, and the sum of their gradients is kept besides.
+
+  Args:
+    loss: `(params, examples) -> (their mean loss, aux)`, in which an example depends on its own rows alone.
+    params: what to differentiate by.
+    examples: fields and keys `[b ...]`.
+    recipe: how many parts, which divide b.
+
+  Returns:
+    (gradient, aux with a leading axis of parts if there are several).
+  """
+  descend, parts = jax.grad(loss, has_aux=True), recipe.accumulate
+  if parts == 1:
+    return descend(params, examples)
+
+  def more(total, part):
+    grads, aux = descend(params, part)
+    return jax.tree.map(jnp.add, total, grads), aux
+
+  # Every device gives some of its examples to each part.
+  split = jax.tree.map(lambda x: rearrange(x, '(b part) ... -> part b ...', part=parts), examples)
+  total, aux = jax.lax.scan(more, jax.tree.map(jnp.zeros_like, params), split)
+  return jax.tree.map(lambda x: x / parts, total), aux
+
+
 def generator_step(
   state: TrainState, frozen, batch, n, *, recipe: Recipe
 ) -> tuple[TrainState, dict]:
   """Rolls the student out, then updates it by the losses that the config lists."""
   shared, keys = step_keys(recipe, n, 'generator', batch['index'])
-  rollout_keys, loss_keys = split_keys(keys)
-  texts = text, _ = conditioning(frozen, batch, recipe)
   drawn = draw(recipe, shared, n)
+
+  def loss_fn(params, part):
+    return _generator_loss(params, part, state, frozen, (n, drawn), recipe)
+
+  examples = batch, *split_keys(keys)
+  grads, aux = gradients(loss_fn, state.params['generator'], examples, recipe)
+  state, norms = update(state, {'generator': grads}, recipe, averaged=True)
+  counts = {'steps': drawn.steps, 'exit': drawn.plan.exit}
+  return state, means(aux) | norms | jax.tree.map(jnp.float32, counts)
+
+
+def _generator_loss(params, examples, state: TrainState, frozen, at: tuple, recipe: Recipe):
+  """(the weighted sum of the terms, their parts); the rollout is by the state's own weights, without gradient."""
+  (batch, rollout_keys, loss_keys), (n, drawn) = examples, at
+  texts = text, _ = conditioning(frozen, batch, recipe)
   apply = wan.bind(recipe.model)
   with jax.named_scope('rollout'):
     rolled = rollout(apply, state.params['generator'], rollout_keys, text, drawn.plan)
   ask = functools.partial(
     velocity, apply, text=text, cache=rolled.cache, chunk=recipe.chunking.chunk
   )
-
-  def loss_fn(params):
-    with jax.named_scope('student'):
-      v = ask(params, rolled.trace)
-    x0 = flow.x0_from_velocity(rolled.trace.x, v, rolled.trace.sigma)
-    terms = {
-      'dmd': lambda: _dmd(state, frozen, x0, texts, loss_keys, recipe),
-      'consistency': lambda: _consistency(state, ask, params, (rolled.trace.x, v), drawn, recipe),
-      'alignment': lambda: _alignment(
-        state, frozen, x0, (text, rollout_keys, rolled), drawn, recipe
-      ),
-    }
-    total, aux = 0.0, {}
-    for name, weight in recipe.losses.items():
-      per_example, active, extra = terms[name]()
-      if name == 'consistency':
-        weight = weight * ramp(n, recipe.consistency.warmup)
-      total += weight * per_example.mean()
-      aux |= {f'loss_{name}': per_example, f'active_{name}': jnp.float32(active)} | extra
-    return total, aux
-
-  grads, aux = jax.grad(loss_fn, has_aux=True)(state.params['generator'])
-  state, norms = update(state, {'generator': grads}, recipe, averaged=True)
-  counts = {'steps': drawn.steps, 'exit': drawn.plan.exit}
-  return state, means(aux) | norms | jax.tree.map(jnp.float32, counts)
+  with jax.named_scope('student'):
+    v = ask(params, rolled.trace)
+  x0 = flow.x0_from_velocity(rolled.trace.x, v, rolled.trace.sigma)
+  terms = {
+    'dmd': lambda: _dmd(state, frozen, x0, texts, loss_keys, recipe),
+    'consistency': lambda: _consistency(state, ask, params, (rolled.trace.x, v), drawn, recipe),
+    'alignment': lambda: _alignment(state, frozen, x0, (text, rollout_keys, rolled), drawn, recipe),
+  }
+  total, aux = 0.0, {}
+  for name, weight in recipe.losses.items():
+    per_example, active, extra = terms[name]()
+    if name == 'consistency':
+      weight = weight * ramp(n, recipe.consistency.warmup)
+    total += weight * per_example.mean()
+    aux |= {f'loss_{name}': per_example, f'active_{name}': jnp.float32(active)} | extra
+  return total, aux
 
 
 def _dmd(state: TrainState, frozen, x0, texts, keys, recipe: Recipe):
@@ -216,18 +251,19 @@ def _alignment(state: TrainState, frozen, x0, student, drawn: Draw, recipe: Reci
 def critic_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple[TrainState, dict]:
   """Rolls the student out anew and fits the critic to it."""
   shared, keys = step_keys(recipe, n, 'critic', batch['index'])
-  rollout_keys, loss_keys = split_keys(keys)
-  text, _ = conditioning(frozen, batch, recipe)
   plan = draw(recipe, shared, n, terms=False).plan
-  with jax.named_scope('rollout'):
-    rolled = rollout(wan.bind(recipe.model), state.params['generator'], rollout_keys, text, plan)
 
-  def loss_fn(params):
+  def loss_fn(params, examples):
+    batch, rollout_keys, loss_keys = examples
+    text, _ = conditioning(frozen, batch, recipe)
+    with jax.named_scope('rollout'):
+      rolled = rollout(wan.bind(recipe.model), state.params['generator'], rollout_keys, text, plan)
     critic = bound(recipe.model, params, wan.Clip(), 'critic')
     per_example, aux = critic_loss(critic, rolled.x0, text, loss_keys, recipe.dmd)
     return per_example.mean(), aux | {'loss': per_example}
 
-  grads, aux = jax.grad(loss_fn, has_aux=True)(state.params['critic'])
+  examples = batch, *split_keys(keys)
+  grads, aux = gradients(loss_fn, state.params['critic'], examples, recipe)
   state, norms = update(state, {'critic': grads}, recipe, averaged=False)
   return state, means(aux) | norms
 
@@ -235,19 +271,20 @@ def critic_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple
 def ode_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple[TrainState, dict]:
   """Chunk-causal regression on teacher trajectories."""
   _, keys = step_keys(recipe, n, 'generator', batch['index'])
-  text, _ = conditioning(frozen, batch, recipe)
   sigmas = jnp.asarray(
     flow.few_step_sigmas(recipe.schedule.steps[0], recipe.schedule.shift), jnp.float32
   )
   chunk = recipe.chunking.chunk
 
-  def loss_fn(params):
+  def loss_fn(params, examples):
+    batch, keys = examples
+    text, _ = conditioning(frozen, batch, recipe)
     model = bound(recipe.model, params, wan.Clip(chunk=chunk), 'student')
     trajectory = batch['trajectory'].astype(jnp.float32)
     per_example, aux = ode_loss(model, trajectory, text, keys, sigmas, chunk=chunk)
     return per_example.mean(), aux | {'loss': per_example}
 
-  grads, aux = jax.grad(loss_fn, has_aux=True)(state.params['generator'])
+  grads, aux = gradients(loss_fn, state.params['generator'], (batch, keys), recipe)
   state, norms = update(state, {'generator': grads}, recipe, averaged=True)
   return state, means(aux) | norms
 
@@ -255,12 +292,12 @@ def ode_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple[Tr
 def flow_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple[TrainState, dict]:
   """Flow matching of DiT and text encoder together; some prompts are dropped for guidance."""
   _, keys = step_keys(recipe, n, 'dit', batch['index'])
-  drop_keys, loss_keys = split_keys(keys)
-  drop = jax.vmap(jax.random.bernoulli, (0, None))(drop_keys, recipe.text_dropout)[:, None]
-  ids = jnp.where(drop, frozen['negative']['ids'], batch['ids'])
-  mask = jnp.where(drop, frozen['negative']['mask'], batch['mask'])
 
-  def loss_fn(params):
+  def loss_fn(params, examples):
+    batch, drop_keys, loss_keys = examples
+    drop = jax.vmap(jax.random.bernoulli, (0, None))(drop_keys, recipe.text_dropout)[:, None]
+    ids = jnp.where(drop, frozen['negative']['ids'], batch['ids'])
+    mask = jnp.where(drop, frozen['negative']['mask'], batch['mask'])
     with jax.named_scope('text'):
       rows = text_model.encode(params['text'], ids, mask, recipe.text)
     text = Prompt(rows, given_image(batch, recipe), given_frames(batch, recipe))
@@ -269,7 +306,7 @@ def flow_step(state: TrainState, frozen, batch, n, *, recipe: Recipe) -> tuple[T
     per_example, aux = flow_matching_loss(model, x0, text, loss_keys, recipe.flow_shift)
     return per_example.mean(), aux | {'loss': per_example}
 
-  grads, aux = jax.grad(loss_fn, has_aux=True)(state.params)
+  grads, aux = gradients(loss_fn, state.params, (batch, *split_keys(keys)), recipe)
   state, norms = update(state, grads, recipe, averaged=True)
   return state, means(aux) | norms
 

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 # What a later start of the same run may set differently.
 FREE = (
   'total_steps',
+  'accumulate',
   'checkpoint',
   'log',
   'evaluate',

@@ -387,6 +387,11 @@ def test_the_configs_that_ship_are_accepted():
       {'optim.dit.warmup': 100, 'optim.dit.total': 100},
       'leaves nothing after warmup=100; raise total or lower warmup.',
     ),
+    (
+      'vae',
+      {'accumulate': 2},
+      'accumulate=2 does not fit: the stage "vae" draws one noise for its whole batch. Set it to 1.',
+    ),
     ('vae', {'data.frames': 20}, 'data.frames=20 must be 4n + 1, such as 21.'),
     ('vae', {'statistics_clips': 6}, 'statistics_clips=6 must be a multiple of 4.'),
   ],
@@ -418,8 +423,11 @@ def test_sections_of_another_version_are_named():
 def test_a_batch_must_divide_over_the_devices():
   mesh = jax.sharding.AbstractMesh((2, 4, 1, 1), ('data', 'fsdp', 'context', 'tensor'))
   check_batch(16, mesh)
+  check_batch(16, mesh, 2)
   with pytest.raises(
     InputError,
     match='batch=12 cannot be split over data x fsdp = 8 shards; make it a multiple of 8',
   ):
     check_batch(12, mesh)
+  with pytest.raises(InputError, match='data x fsdp x accumulate = 24 parts; make it a multiple'):
+    check_batch(32, mesh, 3)
