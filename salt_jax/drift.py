@@ -55,8 +55,8 @@ def check(config: ConfigDict, rec: Recipe) -> None:
 
 
 def _memory() -> int | None:
-  """Bytes of a device; None where it does not say, as a CPU."""
-  return (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit')
+  """Bytes of a device; None where it does not say, as a CPU, or has no limit and names 0."""
+  return (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit') or None
 
 
 def by_window(

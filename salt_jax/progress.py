@@ -17,7 +17,10 @@ _HIT = '/jax/compilation_cache/cache_hits'
 
 
 def memory(devices: Sequence[jax.Device]) -> dict[str, float]:
-  """GiB in use, their peak and what there is, of the fullest device; {} where a device does not tell, as a CPU."""
+  """GiB in use, their peak and what there is, of the fullest device; {} where a device does not tell, as a CPU.
+
+  An allocator that takes what there is, such as cuda_async, has no limit and names 0.
+  """
   found = [device.memory_stats() for device in devices]
   names = {'hbm': 'bytes_in_use', 'hbm_peak': 'peak_bytes_in_use', 'hbm_limit': 'bytes_limit'}
   if not found or not all(stats and set(names.values()) <= set(stats) for stats in found):
@@ -153,6 +156,7 @@ class Progress:
     if 'mfu' in measured:
       parts.append(f'MFU {measured["mfu"]:.1%}')
     if 'hbm' in measured:
-      parts.append('HBM {hbm:.1f}, peak {hbm_peak:.1f} of {hbm_limit:.1f} GiB'.format(**measured))
+      limit = f' of {measured["hbm_limit"]:.1f}' if measured['hbm_limit'] else ''
+      parts.append('HBM {hbm:.1f}, peak {hbm_peak:.1f}{} GiB'.format(limit, **measured))
     parts += [f'{name} {float(value):.4g}' for name, value in scalars.items()]
     return '  '.join(parts)

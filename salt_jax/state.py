@@ -80,7 +80,10 @@ def create(
     stream: makes what the first step finds carried.
   """
   placed = place(jax.tree.map(lambda x: np.asarray(x, np.float32), dict(params)), shardings.params)
-  new = jax.jit(lambda p: _new(p, optimizers, averaged, stream), out_shardings=shardings)
+  # Donated, for what is freed later stays a hole before all that a run allocates.
+  new = jax.jit(
+    lambda p: _new(p, optimizers, averaged, stream), donate_argnums=0, out_shardings=shardings
+  )
   return new(placed)
 
 

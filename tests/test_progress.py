@@ -110,6 +110,8 @@ def test_memory_is_that_of_the_fullest_device_of_this_process():
   away = _device(process=1, used=90, peak=90, limit=95.7)
   (line,) = _lines(_progress([0.0, 5.0], full, away), (1, 0.0))
   assert line.endswith('first step 5s  HBM 12.0, peak 14.0 of 95.7 GiB')
+  (line,) = _lines(_progress([0.0, 5.0], _device(used=12, peak=14, limit=0)), (1, 0.0))
+  assert line.endswith('HBM 12.0, peak 14.0 GiB')
 
 
 def test_what_is_compiled_later_is_no_part_of_the_rate(caplog):
