@@ -62,7 +62,9 @@ def run(program: Callable[[], None], define: Callable[[], None] = lambda: None) 
 
   leave_tpu_alone()
   if not gc.get_freeze_count():
-    gc.freeze()  # modules stay: collections while steps are traced need not pass over them
+    # Modules stay, and tracing makes many objects that live: passing over them takes an eighth of its time.
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
   app.run(guarded, flags_parser=parse)
 
 

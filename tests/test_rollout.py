@@ -76,7 +76,9 @@ def test_equals_the_loop_written_out(exit_step, noise, chunk):
   assert float(got.trace.sigma) == SIGMAS[exit_step]
 
 
-@pytest.mark.parametrize(('sink', 'window'), [(0, None), (0, 4), (1, 4)])
+@pytest.mark.parametrize(
+  ('sink', 'window'), [(0, None), pytest.param(0, 4, marks=pytest.mark.slow), (1, 4)]
+)
 def test_loop_and_unrolled_agree(sink, window):
   one, *others = (
     _roll(tiny.params(), jnp.int32(1), tiny.chunking(sink=sink, window=window, **ways))

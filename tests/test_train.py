@@ -192,7 +192,7 @@ def test_stages_before_distillation_run_and_hand_over(weights, tmp_path):
   """VAE, then teacher on its latents, then causal student on trajectories of the shipped teacher."""
   vae = tiny_config.stage('vae', weights)
   vae.update(statistics_clips=4, batch=2)
-  vae.data.frames = 21
+  vae.data.frames = 9
   vae.optim.vae.warmup = 0
   assert train.run(vae, str(tmp_path / 'vae')) == {'vae': 1}
 
