@@ -20,15 +20,20 @@ configs=(
   dmd.py
   dmd.py:teacher=1.3b
   dmd.py:14b,i2v
+  dmd.py:14b,flf2v
 )
 
 mkdir -p "$folder"
 for config in "${configs[@]}"; do
   for generation in v5p v6e v5e tpu7x; do
     file="$folder/$(tr -c 'a-z0-9.\n' '-' <<< "${config/.py/}")-$generation.json"
+    more=()
+    if [[ $generation = v5e && $config = selfforcing.py:14b* ]]; then
+      more=(--config.accumulate=2) # the largest slice has four chips a clip, and two parts give a clip eight
+    fi
     if [[ ! -e $file ]]; then
-      "$python" -m salt_jax.plan --config="configs/$config" --smallest="$generation" --kept="$folder/kept" --json="$file" \
-        || echo "no row for $config on $generation" >&2
+      "$python" -m salt_jax.plan --config="configs/$config" "${more[@]}" --smallest="$generation" --kept="$folder/kept" \
+        --json="$file" || echo "no row for $config on $generation" >&2
     fi
   done
 done

@@ -7,10 +7,9 @@ import dataclasses
 import math
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
-from salt_jax import convert
+from salt_jax import convert, splits
 from salt_jax.diffusion.conditioning import FOLD
 from salt_jax.diffusion.draws import ReferenceConfig
 from salt_jax.diffusion.flow import TRAIN_STEPS
@@ -101,7 +100,6 @@ _NATURAL = (
 )
 _SHARES = ('ema.decay', 'text_dropout', 'rollout.context_noise', 'schedule.probs', 'forcing.noise')
 _MOMENTS = _of_optimizers('b1', 'b2')  # at 1 the correction for their start divides by 0
-_PIXELS = 16  # of a token's side: 8 of the VAE, 2 of the patch
 _DIVIDED = (('pairs.count', 'pairs.batch'), ('latents.count', 'latents.batch'))
 
 
@@ -147,8 +145,7 @@ def check(config: ConfigDict) -> None:
     )
   if any(_values(config, 'log.samples_every')):
     _check_samples(config)
-  if config.get('accumulate', 1) > 1:
-    _check_accumulate(config)
+  splits.check_parts(config)
   _check_causal(config)
   _check_clips(config)
 
@@ -210,17 +207,6 @@ def _dtypes(config: ConfigDict) -> None:
       if value not in convert.DTYPES:
         known = ', '.join(convert.DTYPES)
         raise InputError(f'{path}={value} is unknown: choose one of {known}.')
-
-
-def _check_accumulate(config: ConfigDict) -> None:
-  """Only steps whose examples share nothing are taken in parts."""
-  why = ''
-  if config.stage == 'vae':
-    why = 'the stage "vae" draws one noise for its whole batch'
-  elif 'streaming' in config:
-    why = 'streaming carries the cache of its whole batch from step to step'
-  if why:
-    raise InputError(f'accumulate={config.accumulate} does not fit: {why}. Set it to 1.')
 
 
 def _check_samples(config: ConfigDict) -> None:
@@ -427,38 +413,3 @@ def _check_clips(config: ConfigDict) -> None:
     )
   if config.stage == 'vae' and config.statistics_clips % 4:
     raise InputError(f'statistics_clips={config.statistics_clips} must be a multiple of 4.')
-
-
-def check_mesh(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
-  """Refuses a batch, heads or tokens that the mesh cannot split.
-
-  Raises:
-    InputError: naming the axis and what it must divide.
-  """
-  check_batch(config.batch, mesh, config.get('accumulate', 1))
-  tensor, context = mesh.shape['tensor'], mesh.shape['context']
-  for name in ('model', 'teacher'):
-    if name in config and config[name].heads % (tensor * context):
-      raise InputError(
-        f'{name}.heads={config[name].heads} cannot be split over mesh.tensor x mesh.context = {tensor} x {context}: '
-        'make their product a divisor of the heads.'
-      )
-  tokens = (config.video.height // _PIXELS) * (config.video.width // _PIXELS)
-  if tokens % context:
-    raise InputError(
-      f'the {tokens} tokens of a frame cannot be split over mesh.context={context}: make it a divisor.'
-    )
-
-
-def check_batch(batch: int, mesh: jax.sharding.Mesh, parts: int = 1) -> None:
-  """Refuses a global batch that the mesh cannot split, each of its parts by itself.
-
-  Raises:
-    InputError: naming a size that it can split.
-  """
-  shards = mesh.shape['data'] * mesh.shape['fsdp']
-  if batch % (parts * shards):
-    times = f' x accumulate = {parts * shards} parts' if parts > 1 else f' = {shards} shards'
-    raise InputError(
-      f'batch={batch} cannot be split over data x fsdp{times}; make it a multiple of {parts * shards}.'
-    )

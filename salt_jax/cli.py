@@ -18,6 +18,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
+from salt_jax import splits
 from salt_jax.errors import InputError, Preempted
 
 # Exit code of a run that saved and left because it was told to; the same command goes on.
@@ -89,7 +90,7 @@ def cpu_devices(config: ConfigDict) -> int:
   # Where there is no affinity, as on macOS, all cores are ours.
   cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
   batches = [config[name].batch for name in ('latents', 'pairs') if name in config]
-  part = config.batch // max(1, config.accumulate)
+  part = config.batch // max(1, splits.parts(config))
   return math.gcd(2 ** (cores.bit_length() - 1), part, *batches)
 
 

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from salt_jax import flops, hlo, kept, lowered
+from salt_jax import flops, hlo, kept, lowered, splits
 from salt_jax.slices import GIB, Slice
 
 # Of peak FLOP/s in the likely time: what MaxDiffusion reports for training Wan 2.1 14B on v5p (135.9 of 459 TFLOP/s).
@@ -159,7 +159,7 @@ def _blank(program: lowered.Program, mesh: Mesh, slice_: Slice, held: float) -> 
     arguments=None,
     temporaries=None,
     code=None,
-    clips=program.clips / program.shards,
+    clips=program.at_once,
     every=program.every,
     steps=program.steps,
     forward=needed - backward,
@@ -229,29 +229,38 @@ def _advice(
   config: ConfigDict, program: lowered.Program, mesh: Mesh, held: float, needed: float
 ) -> str:
   """What to change, for the largest part of what is needed."""
-  clips = program.clips / program.shards
   if program.name == 'decode':
     return 'a host decodes one clip: lower --config.video.height and --config.video.width.'
   if 'model' in config and not config.model.remat and program.name != 'sample':
     return 'set --config.model.remat=true, so that activations are made anew for the backward pass.'
-  if 2 * held > needed:
-    lying = lowered.resident(program.inputs)
+  lying, clips = lowered.resident(program.inputs), program.at_once
+  # Parts make the cache smaller, and not what lies there.
+  parted = clips > 1 and not splits.whole(config)
+  if 2 * lying > needed or (2 * held > needed and not parted):
     cache = f' and caches {program.cache / GIB:.1f}' if program.cache else ''
     return (
       f'networks and optimizer states alone take {lying / GIB:.1f}{cache} GiB a device: take a larger slice, a smaller '
       'teacher or a smaller batch.'
     )
   if clips > 1:
-    return (
-      f'a shard works on {clips:g} clips at once: take a larger slice, or set '
-      f'--config.accumulate={round(clips * config.accumulate)}.'
-    )
+    key, value = 'batch', program.shards
+    if parted:
+      key, value = 'accumulate', round(clips * program.accumulate)
+    return f'a shard works on {clips:g} clips at once: take a larger slice, or set --config.{key}={value}.'
+  return _longer(config, program, mesh)
+
+
+def _longer(config: ConfigDict, program: lowered.Program, mesh: Mesh) -> str:
+  """Where one clip at once is too much."""
   fsdp, context = mesh.shape['fsdp'], 2 * mesh.shape['context']
-  words = f'a clip is too long for its devices: take a larger slice and set --config.mesh.context={context}'
-  if program.every and fsdp % 2 == 0:
+  words = 'a clip is too long for its devices: take '
+  if not splits.context_splits(config, mesh.shape['tensor'], context):
+    return f'{words}devices with more memory, or shorter or smaller clips.'
+  words += f'a larger slice and set --config.mesh.context={context}'
+  if program.every and fsdp % 2 == 0 and not splits.whole(config):
     # The same devices, twice as many for half of the clips.
     words += (
       f'; or on this one set that, --config.mesh.fsdp={fsdp // 2} and '
-      f'--config.accumulate={2 * config.accumulate}'
+      f'--config.accumulate={2 * program.accumulate}'
     )
   return f'{words}.'

@@ -27,7 +27,7 @@ class Program(NamedTuple):
     name: of the step, or sample or decode.
     lower: traces it.
     clips: that it works on.
-    shards: parts that they are split into, over devices and one after another.
+    shards: parts that they are split into over devices.
     parts: FLOPs of a clip by formula; none for the VAE, whose convolutions the compiler counts.
     passes: of the loops whose length is drawn, in the mean.
     every: iterations from one run to the next; 0 is no part of training.
@@ -35,6 +35,7 @@ class Program(NamedTuple):
     inputs: shapes of its arguments, with shardings.
     cache: bytes on a device of the keys and values that a rollout makes.
     options: what the compiler is told besides.
+    accumulate: parts that a shard takes its clips in, one after another.
   """
 
   name: str
@@ -48,6 +49,12 @@ class Program(NamedTuple):
   inputs: PyTree
   cache: float = 0.0
   options: tuple[tuple[str, str], ...] = ()
+  accumulate: int = 1
+
+  @property
+  def at_once(self) -> float:
+    """Clips of a shard that are worked on at once."""
+    return self.clips / (self.shards * self.accumulate)
 
   @property
   def held(self) -> float:
@@ -102,7 +109,7 @@ def _steps(config: ConfigDict, rec: Recipe, mesh: Mesh) -> dict[str, Program]:
       work.name,
       functools.partial(lower, work),
       config.batch,
-      shards(mesh) * rec.accumulate,
+      shards(mesh),
       counts.get(work.name, []),
       passes,
       work.every,
@@ -110,6 +117,7 @@ def _steps(config: ConfigDict, rec: Recipe, mesh: Mesh) -> dict[str, Program]:
       inputs,
       _cache(rec, mesh, config.batch // rec.accumulate) if config.stage == 'selfforcing' else 0.0,
       tuple(told.items()),
+      rec.accumulate,
     )
     for work in what.work
   }

@@ -23,8 +23,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from salt_jax import cli, estimate, kept, lowered, recipe, sharding, slices
-from salt_jax.checks import check_mesh
+from salt_jax import checks, cli, estimate, kept, lowered, recipe, sharding, slices, splits
 from salt_jax.errors import InputError
 from salt_jax.estimate import REACHED, Report
 from salt_jax.flops import PEAK_FLOPS
@@ -74,7 +73,7 @@ def plan(
   """
   rec = recipe.build(config, ('tpu', slice_.generation.kind))
   mesh = sharding.make_mesh(config.mesh, slices.devices(slice_))
-  check_mesh(config, mesh)
+  splits.check_mesh(config, mesh)
   found, made = lowered.of_config(config, rec, mesh, slices.devices(slice_.host)), []
   unknown = [name for name in names if name not in found]
   if unknown:
@@ -103,6 +102,8 @@ def smallest(
   Raises:
     InputError: nothing fits.
   """
+  # A mesh that cannot work is passed over below; a config that cannot is refused at once.
+  checks.check(config)
   failed = []
   tried = slices.candidates(word)
   for slice_ in tried:
@@ -142,7 +143,7 @@ def meshed(config: ConfigDict, slice_: Slice) -> ConfigDict:
   """The config with a mesh for a slice: a clip a device while the batch lasts, then a clip over several."""
   sized = ConfigDict(config.to_dict())
   one = slice_.devices // slice_.count
-  fsdp = math.gcd(one, max(1, config.batch // (slice_.count * config.accumulate)))
+  fsdp = math.gcd(one, max(1, config.batch // (slice_.count * splits.parts(config))))
   sized.mesh.update(data=slice_.count, fsdp=fsdp, context=one // fsdp, tensor=1)
   return sized
 
@@ -158,7 +159,7 @@ def written(config: ConfigDict, slice_: Slice, made: list[Report]) -> str:
   """The reports as text."""
   generation = slice_.generation
   axes = ', '.join(f'{axis}={size}' for axis, size in config.mesh.items())
-  parts = f' in {config.accumulate} parts' if config.accumulate > 1 else ''
+  parts = f' in {splits.parts(config)} parts' if splits.parts(config) > 1 else ''
   lines = [
     f'{config.name} on {slice_.name}: {slice_.chips} chips, {slice_.devices} devices of {generation.hbm / GIB:.2f} GiB '
     f'each; mesh {axes}; batch {config.batch}{parts}. All figures are of one device'
@@ -181,7 +182,7 @@ def _lines(one: Report, slice_: Slice) -> list[str]:
   rows = [
     f'{one.step} fits: {one.needed / GIB:.2f} of {one.usable / GIB:.2f} GiB',
     f'  memory     arguments {one.arguments / GIB:.2f}, temporaries {one.temporaries / GIB:.2f}, '
-    f'code {one.code / GIB:.2f} GiB; {one.clips:g} clips a shard',
+    f'code {one.code / GIB:.2f} GiB; {one.clips:g} clips of a shard at once',
     f'  FLOPs      {total / 1e12:.4g} TFLOP: forward {one.forward / total:.0%}, backward {one.backward / total:.0%}; '
     f'recomputed besides {one.again / 1e12:.4g} TFLOP ({one.again / total:.0%})',
   ]
@@ -223,6 +224,7 @@ def record(config: ConfigDict, slice_: Slice, made: list[Report], failed: list[d
     'devices': slice_.devices,
     'mesh': dict(config.mesh),
     'batch': config.batch,
+    'accumulate': splits.parts(config),
     'versions': kept.versions(),
     'programs': rows,
     'smaller': failed,
@@ -243,7 +245,8 @@ def merged(path: str, new: dict) -> dict:
   if not os.path.isfile(path):
     return new
   old = _read(path)
-  if any(old.get(key) != new[key] for key in ('command', 'slice', 'mesh', 'batch', 'versions')):
+  same = ('command', 'slice', 'mesh', 'batch', 'accumulate', 'versions')
+  if any(({'accumulate': 1} | old).get(key) != new[key] for key in same):
     return new
   programs = {one['step']: one for one in (*old['programs'], *new['programs'])}
   made = [programs[name] for name in lowered.NAMES if name in programs]

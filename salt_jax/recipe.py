@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from salt_jax import splits
 from salt_jax.checks import check, section
 from salt_jax.diffusion import draws, flow
 from salt_jax.diffusion.draws import ReferenceConfig, Schedule, TripleConfig
@@ -83,6 +84,7 @@ def build(config: ConfigDict, device: tuple[str, str] | None = None) -> Recipe:
     optimizers={name: make_optimizer(cfg) for name, cfg in config.optim.items()},
     ema_decay=config.ema.decay,
     ema_start=config.ema.start,
+    accumulate=splits.parts(config),
   )
   if 'model' in config:
     fields['model'] = _dit(config, 'model', device)
@@ -102,15 +104,7 @@ def build(config: ConfigDict, device: tuple[str, str] | None = None) -> Recipe:
   ):
     if name in config:
       fields[name] = section(cls, config, name)
-  # Files of before `accumulate` are read too.
-  for name in (
-    'accumulate',
-    'generator_every',
-    'l1_weight',
-    'kl_weight',
-    'text_dropout',
-    'flow_shift',
-  ):
+  for name in ('generator_every', 'l1_weight', 'kl_weight', 'text_dropout', 'flow_shift'):
     if name in config:
       fields[name] = config[name]
   return Recipe(**fields)

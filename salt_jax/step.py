@@ -147,10 +147,14 @@ def gradients(
     grads, aux = descend(params, part)
     return jax.tree.map(jnp.add, total, grads), aux
 
-  # Every device gives some of its examples to each part.
-  split = jax.tree.map(lambda x: rearrange(x, '(b part) ... -> part b ...', part=parts), examples)
-  total, aux = jax.lax.scan(more, jax.tree.map(jnp.zeros_like, params), split)
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  total, aux = jax.lax.scan(more, zeros, in_parts(examples, parts))
   return jax.tree.map(lambda x: x / parts, total), aux
+
+
+def in_parts(examples: PyTree, parts: int) -> PyTree:
+  """`[b ...]` as `[part b/part ...]`: each part has examples of every device, so that none is moved."""
+  return jax.tree.map(lambda x: rearrange(x, '(b part) ... -> part b ...', part=parts), examples)
 
 
 def generator_step(
@@ -161,7 +165,7 @@ def generator_step(
   drawn = draw(recipe, shared, n)
 
   def loss_fn(params, part):
-    return _generator_loss(params, part, state, frozen, (n, drawn), recipe)
+    return _generator_loss(params, part, state, frozen, n, drawn, recipe)
 
   examples = batch, *split_keys(keys)
   grads, aux = gradients(loss_fn, state.params['generator'], examples, recipe)
@@ -170,9 +174,9 @@ def generator_step(
   return state, means(aux) | norms | jax.tree.map(jnp.float32, counts)
 
 
-def _generator_loss(params, examples, state: TrainState, frozen, at: tuple, recipe: Recipe):
+def _generator_loss(params, examples, state: TrainState, frozen, n, drawn: Draw, recipe: Recipe):
   """(the weighted sum of the terms, their parts); the rollout is by the state's own weights, without gradient."""
-  (batch, rollout_keys, loss_keys), (n, drawn) = examples, at
+  batch, rollout_keys, loss_keys = examples
   texts = text, _ = conditioning(frozen, batch, recipe)
   apply = wan.bind(recipe.model)
   with jax.named_scope('rollout'):

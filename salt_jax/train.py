@@ -13,11 +13,21 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from salt_jax import evaluate, flops, hosts, monitor, profiling, programs, sharding, stages, weights
+from salt_jax import (
+  evaluate,
+  flops,
+  hosts,
+  monitor,
+  profiling,
+  programs,
+  sharding,
+  splits,
+  stages,
+  weights,
+)
 from salt_jax import recipe as recipes
 from salt_jax import state as states
 from salt_jax.checkpoint import Checkpoints, check_config, config_digest, write_config
-from salt_jax.checks import check_mesh
 from salt_jax.data import Feed
 from salt_jax.errors import InputError, Preempted
 from salt_jax.metrics import Writer, assert_finite, param_count, without_inactive
@@ -71,7 +81,7 @@ def run(config: ConfigDict, workdir: str, profile: str | None = None) -> dict[st
   rec = recipes.build(config)
   profiled = profiling.parse(profile, config.total_steps)
   mesh = sharding.make_mesh(config.mesh)
-  check_mesh(config, mesh)
+  splits.check_mesh(config, mesh)
   hosts.together(lambda: check_local(workdir))
   for folder in _folders(config, workdir):
     hosts.together(functools.partial(check_config, folder, config, FREE))

@@ -21,6 +21,7 @@ MESHES = {
   'generator': dict(data=1, fsdp=2, context=2, tensor=2),
   'critic': dict(data=2, fsdp=2, context=2, tensor=1),
 }
+WAYS = {'generator': dict(parts=2), 'critic': dict(unroll=True)}
 FUNCTIONS = {'generator': step.generator_step, 'critic': step.critic_step}
 STEPS = (0, 2)  # of the generator the first aligns, the second is consistent
 BATCH = 4
@@ -37,10 +38,11 @@ def _random(network, cfg, seed):
   return jax.tree_util.tree_map_with_path(noisy, weights.shapes(network, cfg))
 
 
-def _config(mesh, parts):
+def _config(mesh, unroll, parts):
   config = tiny_config.get_config('nowhere')
   for name in ('model', 'teacher'):
     config[name].update(dim=64, heads=4, layers=2)
+  config.rollout.unroll = unroll
   config.update(batch=BATCH, accumulate=parts, mesh=mesh, rules=base.RULES, shard_min_size=0)
   config.schedule.update(steps=(8, 4, 2), probs=(0.34, 0.33, 0.33))
   return config
@@ -55,9 +57,9 @@ def _batch(rec):
   }
 
 
-def run(name, mesh_sizes, parts=1):
+def run(name, mesh_sizes, unroll=False, parts=1):
   """Metrics and gradients of the steps of one network, traces, and in how many parts arrays lie."""
-  config = _config(mesh_sizes, parts)
+  config = _config(mesh_sizes, unroll, parts)
   rec = recipe.build(config)
   rec = rec.__class__(
     **(vars(rec) | {'optimizers': {name: optax.sgd(1.0) for name in rec.optimizers}})
@@ -100,8 +102,8 @@ def main():
   report = {}
   for name, sizes in MESHES.items():
     want, _, _ = run(name, ONE)
-    # The batch of the one in two parts is the same, too.
-    got, traces, shards = run(name, sizes, parts=2 if name == 'generator' else 1)
+    # A batch in two parts, and chunks unrolled that are a loop there, are the same, too.
+    got, traces, shards = run(name, sizes, **WAYS[name])
     steps = {}
     for n, one in want.items():
       apart = jax.tree.map(np.subtract, got[n]['grads'], one['grads'])

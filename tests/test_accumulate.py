@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from salt_jax import outline, recipe, state
+from configs import selfforcing
+from salt_jax import checkpoint, cli, outline, recipe, splits, state, train
+from salt_jax.errors import InputError
 from salt_jax.models import wan
-from salt_jax.step import gradients
+from salt_jax.step import gradients, in_parts
 from tests import tiny_config
 
 STAGES = ('teacher', 'ode', 'ar', 'causal_ode', 'causal_cd')
@@ -74,3 +76,48 @@ def test_every_step_takes_its_batch_in_parts(name, monkeypatch):
       # Guidance asks for both prompts at once.
       assert config.batch // parts in sizes and max(sizes) <= 2 * config.batch // parts
     assert made[0] == made[1]
+
+
+def test_a_part_has_examples_of_every_device():
+  """Of eight on four devices each has two neighbours, one for each part; keys go with them."""
+  index, keys = jnp.arange(8), jax.random.split(jax.random.key(0), 8)
+  parts, moved = in_parts((index, keys), 2)
+  np.testing.assert_array_equal(parts, [[0, 2, 4, 6], [1, 3, 5, 7]])
+  np.testing.assert_array_equal(*map(jax.random.key_data, (moved, keys[parts])))
+
+
+def test_a_batch_must_divide_over_the_devices():
+  mesh = jax.sharding.AbstractMesh((2, 4, 1, 1), ('data', 'fsdp', 'context', 'tensor'))
+  splits.check_batch(16, mesh)
+  splits.check_batch(16, mesh, 2)
+  with pytest.raises(
+    InputError,
+    match='batch=12 cannot be split over data x fsdp = 8 shards; make it a multiple of 8',
+  ):
+    splits.check_batch(12, mesh)
+  with pytest.raises(InputError, match='fsdp x accumulate = 8 x 3 parts; make it a multiple of 24'):
+    splits.check_batch(32, mesh, 3)
+
+
+def test_a_cpu_is_as_many_devices_as_share_a_part(monkeypatch):
+  monkeypatch.setattr(cli.os, 'sched_getaffinity', lambda _: range(4), raising=False)
+  monkeypatch.setenv('XLA_FLAGS', '')
+  monkeypatch.delenv('JAX_NUM_CPU_DEVICES', raising=False)
+  config = selfforcing.get_config('nano')
+  found = []
+  for config.accumulate in (1, 2, 4):
+    found.append(cli.cpu_devices(config))
+  assert config.batch == 4 and found == [4, 2, 1]
+
+
+def test_a_run_goes_on_in_other_parts_and_one_of_before_the_field_too(tmp_path):
+  config, free = selfforcing.get_config('nano'), train.FREE
+  for name in ('new', 'old'):
+    if name == 'old':
+      del config.accumulate
+    assert recipe.build(config).accumulate == splits.parts(config) == 1
+    checkpoint.write_config(str(tmp_path / name), config)
+  config = selfforcing.get_config('nano')
+  config.accumulate = 2
+  for name in ('new', 'old'):
+    checkpoint.check_config(str(tmp_path / name), config, free)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from configs import base, selfforcing
-from salt_jax import checks, sharding
+from salt_jax import sharding, splits
 from salt_jax.errors import InputError
 from tests.processes import devices_of
 from tests.test_sharding import on_eight_devices
@@ -111,7 +111,7 @@ def test_a_mesh_that_does_not_fit_is_refused(sizes, changes, words):
   config.update_from_flattened_dict(changes)
   mesh = type('Mesh', (), {'shape': dict(data=1, fsdp=1, context=1, tensor=1) | sizes})
   with pytest.raises(InputError) as error:
-    checks.check_mesh(config, mesh)
+    splits.check_mesh(config, mesh)
   assert words in str(error.value) and '\n' not in str(error.value)
 
 

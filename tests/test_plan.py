@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,19 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs import dmd, selfforcing
-from salt_jax import estimate, flops, kept, lowered, outline, plan, recipe, sharding, slices
+from salt_jax import (
+  checks,
+  estimate,
+  flops,
+  kept,
+  lowered,
+  outline,
+  plan,
+  recipe,
+  sharding,
+  slices,
+  splits,
+)
 from salt_jax.errors import InputError
 from tests import tiny_config
 from tests.test_sharding import ONE
@@ -168,6 +181,73 @@ def test_what_is_resident_is_what_shards_hold():
     'b': jax.ShapeDtypeStruct((5,), jnp.bfloat16, sharding=whole),
   }
   assert lowered.resident(tree) == 6 * 2 * 4 + 5 * 2
+
+
+# Advice, and that it can be followed.
+
+
+STREAMING = '1.3b,backbone=longlive,streaming'
+
+
+def _advised(config, name, share, program='generator', **mesh):
+  """What is said of a program on a slice of which networks are a share of what is needed, and arguments of it."""
+  config.mesh.update(mesh)
+  found = sharding.make_mesh(config.mesh, slices.devices(slices.parse(name)))
+  lying = jax.ShapeDtypeStruct((100,), jnp.float32, sharding=NamedSharding(found, P()))
+  made = lowered.Program(program, None, 64, found.shape['fsdp'], [], 1.0, 1, 2, lying)
+  made = made._replace(cache=share.get('cache', 0.0), accumulate=splits.parts(config))
+  if program == 'sample':
+    made = made._replace(clips=made.shards, every=0)
+  words = estimate._advice(config, made, found, made.held, share['needed'])
+  for key, value in re.findall(r'--config\.([\w.]+)=(\d+)', words):
+    config.update_from_flattened_dict({key: int(value)})
+  return words
+
+
+@pytest.mark.parametrize(
+  'arg, name, share, words',
+  [
+    ('14b', 'v5p-32', dict(needed=900.0, cache=500.0), 'or set --config.accumulate=4.'),
+    ('14b', 'v5p-32', dict(needed=700.0), 'networks and optimizer states alone take 0.0 GiB'),
+    (STREAMING, 'v5p-64', dict(needed=900.0), 'or set --config.batch=32.'),
+    ('14b', 'v5p-128', dict(needed=900.0), 'fsdp=32 and --config.accumulate=2.'),
+    (STREAMING, 'v5p-128', dict(needed=900.0), 'context=2.'),
+    ('14b', 'v5p-128', dict(needed=900.0, program='sample'), 'context=2.'),
+  ],
+)
+def test_advice_is_for_the_largest_part_and_can_be_followed(arg, name, share, words):
+  config = selfforcing.get_config(arg)
+  said = _advised(config, name, share, share.pop('program', 'generator'), fsdp=-1)
+  assert said.endswith(words) or said.startswith(words), said
+  checks.check(config)
+  if 'or on this one' in said:
+    splits.check_mesh(config, sharding.make_mesh(config.mesh, slices.devices(slices.parse(name))))
+
+
+def test_clips_that_heads_cannot_split_further_are_told_so():
+  said = _advised(selfforcing.get_config('1.3b'), 'v5e-256', dict(needed=900.0), fsdp=64, context=4)
+  assert said.endswith('take devices with more memory, or shorter or smaller clips.')
+
+
+def test_half_of_a_batch_has_twice_the_devices_a_clip(folder):
+  config = selfforcing.get_config('14b')
+  config.accumulate = 2
+  sized = plan.meshed(config, slices.parse('v5e-256'))
+  assert dict(sized.mesh) == {'data': 1, 'fsdp': 32, 'context': 8, 'tensor': 1}
+  config.accumulate = 3
+  with pytest.raises(InputError, match='^batch=64 cannot be taken in accumulate=3 parts'):
+    plan.smallest(config, 'v5e-256')
+  programs = []
+  for parts in (1, 2):
+    config = tiny_config.get_config(folder)
+    config.accumulate, config.mesh = parts, ONE | {'fsdp': 4}
+    host = slices.devices(slices.parse('v5e-4'))
+    mesh = sharding.make_mesh(config.mesh, host)
+    programs.append(lowered.of_config(config, recipe.build(config), mesh, host))
+  one, two = programs
+  assert one['critic'].at_once == 2 * two['critic'].at_once == 2
+  assert one['critic'].cache == 2 * two['critic'].cache > 0
+  assert one['sample'].cache == two['sample'].cache and two['sample'].at_once == 1
 
 
 # The program.

@@ -1,11 +1,9 @@
 """A config that cannot work is refused in one clear sentence before anything starts."""
 
-import jax
 import pytest
 
 from configs import causal_init, pretrain, selfforcing
 from salt_jax import precompute, recipe, train
-from salt_jax.checks import check_batch
 from salt_jax.errors import InputError
 from tests import tiny_config
 from tests.commands import sentence_of
@@ -392,6 +390,17 @@ def test_the_configs_that_ship_are_accepted():
       {'accumulate': 2},
       'accumulate=2 does not fit: the stage "vae" draws one noise for its whole batch. Set it to 1.',
     ),
+    (
+      'streaming',
+      {'accumulate': 2},
+      'accumulate=2 does not fit: streaming carries the cache of its whole batch from step to step.',
+    ),
+    (
+      'selfforcing',
+      {'accumulate': 8},
+      'batch=4 cannot be taken in accumulate=8 parts: make that a divisor.',
+    ),
+    ('selfforcing', {'accumulate': 0}, 'accumulate=0 must be positive.'),
     ('vae', {'data.frames': 20}, 'data.frames=20 must be 4n + 1, such as 21.'),
     ('vae', {'statistics_clips': 6}, 'statistics_clips=6 must be a multiple of 4.'),
   ],
@@ -418,16 +427,3 @@ def test_sections_of_another_version_are_named():
   del config.model.depth, config.text.layers
   with pytest.raises(InputError, match='section "text" lacks the layers.'):
     recipe.build(config)
-
-
-def test_a_batch_must_divide_over_the_devices():
-  mesh = jax.sharding.AbstractMesh((2, 4, 1, 1), ('data', 'fsdp', 'context', 'tensor'))
-  check_batch(16, mesh)
-  check_batch(16, mesh, 2)
-  with pytest.raises(
-    InputError,
-    match='batch=12 cannot be split over data x fsdp = 8 shards; make it a multiple of 8',
-  ):
-    check_batch(12, mesh)
-  with pytest.raises(InputError, match='data x fsdp x accumulate = 24 parts; make it a multiple'):
-    check_batch(32, mesh, 3)
