@@ -111,7 +111,7 @@ def test_a_cpu_is_as_many_devices_as_share_a_part(monkeypatch):
 
 
 def test_a_run_goes_on_in_other_parts_and_one_of_before_the_field_too(tmp_path):
-  config, free = selfforcing.get_config('nano'), train.FREE
+  config = selfforcing.get_config('nano')
   for name in ('new', 'old'):
     if name == 'old':
       del config.accumulate
@@ -120,4 +120,4 @@ def test_a_run_goes_on_in_other_parts_and_one_of_before_the_field_too(tmp_path):
   config = selfforcing.get_config('nano')
   config.accumulate = 2
   for name in ('new', 'old'):
-    checkpoint.check_config(str(tmp_path / name), config, free)
+    checkpoint.check_config(str(tmp_path / name), config, train.FREE)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -374,6 +375,14 @@ def test_words_that_nano_does_not_know_are_refused(world, programs, monkeypatch,
     programs['evaluate'], [*args, f'--output={tmp_path}'], monkeypatch, capsys
   )
   assert "the word 'cat' in prompt 'a cat walks on the grass' is not in the vocabulary" in line
+
+
+@pytest.mark.parametrize('told', [None, {'bytes_in_use': 7}, {'bytes_limit': 0}])
+def test_a_device_without_a_limit_holds_every_drift(told, world, monkeypatch):
+  device = types.SimpleNamespace(memory_stats=lambda: told)
+  monkeypatch.setattr(drift.jax, 'local_devices', lambda: [device])
+  assert drift._memory() is None
+  drift.check(*world[1:3])
 
 
 def test_a_drift_whose_cache_no_device_holds_is_refused(world, monkeypatch):

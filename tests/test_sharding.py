@@ -7,10 +7,11 @@ import textwrap
 
 import jax
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from salt_jax import sharding
+from salt_jax import sharding, state
 from salt_jax.errors import InputError
 from tests.processes import devices_of
 
@@ -160,3 +161,22 @@ def test_optimizer_paths_follow_the_parameters():
   placed = sharding.shardings(tree, mesh, [('w$', ('fsdp',)), ('count', 'replicate')])
   assert placed['opt'][0]['mu']['w'].spec == P('fsdp')
   assert placed['opt'][0]['count'].spec == P()
+
+
+def test_a_fresh_state_takes_the_place_of_the_parameters_it_is_made_of(monkeypatch):
+  """Parameters that were freed later would stay a hole in the memory; the host's own are left alone."""
+  host, optimizers = {'net': {'w': np.ones((4, 4), np.float32)}}, {'net': optax.adam(1.0)}
+  whole, plain, given = sharding.replicated(_one_device_mesh()), state.place, []
+
+  def place(*args):
+    given.append(plain(*args))
+    return given[0]
+
+  monkeypatch.setattr(state, 'place', place)
+  shapes = state.shapes_of(host, optimizers, ('net',))
+  made = state.create(host, optimizers, ('net',), jax.tree.map(lambda _: whole, shapes))
+  assert given[0]['net']['w'].is_deleted()
+  params, average = made.params['net']['w'], made.ema['net']['w']
+  assert params.unsafe_buffer_pointer() != average.unsafe_buffer_pointer()
+  jax.block_until_ready(jax.jit(lambda x: x + 1, donate_argnums=0)(params))
+  np.testing.assert_array_equal([host['net']['w'], average], np.ones((2, 4, 4)))
