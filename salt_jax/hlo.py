@@ -3,7 +3,8 @@
 The text holds each loop once, so what is inside is multiplied by the trip count of the loop. A scan's is the constant
 its counter is compared with; a loop whose end is an array has none, and the caller says what to take. Both branches of
 a condition are counted, for the other one of a term that sleeps is empty; of a switch of more, each as often as the
-others, for it is that of a loop over chunks.
+others, for it is that of a loop over chunks. A collective that goes on behind other work is written down again in every
+fusion that it passes through, as links of one chain, and counts once.
 """
 
 import dataclasses
@@ -28,6 +29,7 @@ _LINE = re.compile(r'^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$')
 _CALLS = re.compile(
   r'\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)'
 )
+_CHAIN = re.compile(r'channel_id=(\d+).*chain_id="?(\d+)')
 _BRANCHES = re.compile(r'\b(?:branch_computations|called_computations)=\{([^}]*)\}')
 
 
@@ -73,8 +75,16 @@ def collectives(text: str, loops: float = 1.0) -> list[Collective]:
     text: of `compiled.as_text()`.
     loops: trips of a loop whose number is not known when compiling.
   """
-  made = (_collective(where, one, times) for where, one, times in executed(text, loops))
-  return [one for one in made if one is not None]
+  found, chains = [], {}
+  for where, one, times in executed(text, loops):
+    made, chain = _collective(where, one, times), _CHAIN.search(one.rest)
+    if made is not None and chain:
+      # A link may stand in a loop, begin and end of the chain do not.
+      known = chains.setdefault(chain.groups(), made)
+      chains[chain.groups()] = min(known, made, key=lambda one: one.times)
+    elif made is not None:
+      found.append(made)
+  return [*found, *chains.values()]
 
 
 def executed(text: str, loops: float = 1.0) -> Iterator[tuple[str, Instruction, float]]:

@@ -63,6 +63,29 @@ def test_gathers_of_a_scan_are_those_of_its_parameters():
   assert kind[1]['sent'] == pytest.approx(size * 3 / 4)
 
 
+def test_a_gather_that_goes_on_behind_other_work_counts_once():
+  """A v5e begins to gather the next weight while it multiplies by this one."""
+  mesh = over('v5e-16')
+
+  def layer(x, weights):
+    for w in weights:
+      x = jnp.tanh(x @ jax.lax.with_sharding_constraint(w, NamedSharding(mesh, P())))
+    return x, None
+
+  shapes = (((512, 1024), jnp.bfloat16), *[((LAYERS, 1024, 1024), jnp.bfloat16)] * 3)
+  text = _compiled(
+    lambda x, *weights: jax.lax.scan(layer, x, weights)[0],
+    mesh,
+    (P('fsdp'), *[P(None, 'fsdp')] * 3),
+    P('fsdp'),
+    *shapes,
+  )
+  assert 'AsyncCollectiveStart' in text, 'nothing is gathered behind other work: this says nothing'
+  found = hlo.summed(hlo.collectives(text))
+  assert {kind: row['count'] for kind, row in found.items()} == {'all-gather': 3 * LAYERS}
+  assert found['all-gather']['bytes'] == 3 * LAYERS * 1024 * 1024 * 2
+
+
 def test_a_loop_of_unknown_length_counts_as_often_as_is_said():
   mesh = over('v5p-8')
   shapes = (((64, WIDTH), jnp.bfloat16), ((LAYERS, WIDTH, WIDTH), jnp.bfloat16), ((), jnp.int32))
