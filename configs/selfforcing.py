@@ -51,7 +51,7 @@ def get_config(arg=None):
     name=f'selfforcing-{arg.size}' + ('' if arg.method == 'salt' else f'-{arg.method}'),
     stage='selfforcing',
     size=arg.size,
-    total_steps=120 if nano else 2000,
+    total_steps=80 if nano else 2000,
     batch=4 if nano else 64,
   )
   config.model = base.dit(arg.size)

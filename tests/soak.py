@@ -6,8 +6,8 @@
 First it runs the experiment undisturbed (FOLDER/whole; kept if it is there). Then it runs the same in FOLDER/killed and
 sends SIGKILL to one of the hosts, `--kills` times: while it starts, in the middle of a save or of clearing away what is
 left of one, or right behind one; and starts all hosts again each time. At the end checkpoints, metrics and exported
-weights must be the same in every bit. Behind `--` come flags of salt_jax.main; the default is the nano run with a
-checkpoint every other step.
+weights must be the same in every bit. Behind `--` come flags of salt_jax.main; the default is a nano run of
+120 steps with a checkpoint every other step.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from tests import processes
 
 NANO = (
   '--config=configs/selfforcing.py:nano',
+  '--config.total_steps=120',  # room for fifty lives that each save once
   '--config.checkpoint.every=2',
   '--config.evaluate.clips=0',
 )

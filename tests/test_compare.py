@@ -56,7 +56,7 @@ def test_regression_and_consistency_may_stand_beside():
     ),
     (
       dict(experiments=[DMD, 'ode=configs/causal_init.py:nano']),
-      'ode and dmd are no fair pair: total_steps is 300 in one and 120 in the other',
+      'ode and dmd are no fair pair: total_steps is 300 in one and 80 in the other',
     ),
     (
       dict(experiments=[DMD, 'teacher=configs/pretrain.py:teacher']),

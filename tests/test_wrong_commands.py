@@ -41,9 +41,9 @@ WRONG_COMMANDS = {
     ),
     (
       [NANO, '--profile=13:10'],
-      '--profile=13:10 must name steps between 1 and total_steps=120, the first one first.',
+      '--profile=13:10 must name steps between 1 and total_steps=80, the first one first.',
     ),
-    ([NANO, '--profile=0:3'], '--profile=0:3 must name steps between 1 and total_steps=120'),
+    ([NANO, '--profile=0:3'], '--profile=0:3 must name steps between 1 and total_steps=80'),
     ([NANO, '--profile=119:121'], '--profile=119:121 must name steps between 1 and total'),
     (
       [NANO, '--compile_cache=/dev/null/here'],
