@@ -10,20 +10,22 @@ from etils import epath
 
 from salt_jax import cli
 from salt_jax.errors import InputError
+from salt_jax.places import is_bucket
 
 OFF = 'off'
 _NAME = 'compile_cache'
 _MARK = '.unfinished'
 
 
-def keep(folder: str | None, workdir: str) -> str | None:
+def keep(folder: str | None, home: str) -> str | None:
   """Has JAX keep every compiled program, and look there first; to be called before anything is compiled.
 
   Args:
     folder: a folder or a bucket (gs://…) that runs may share; 'off' is none. None is the environment's
-      JAX_COMPILATION_CACHE_DIR with what else the environment says, or else a folder in the workdir, where a run that
+      JAX_COMPILATION_CACHE_DIR with what else the environment says, or else a folder in `home`, where a run that
       is killed and started again finds it.
-    workdir: of the run.
+    home: where the run's checkpoints lie. Of several hosts the first one alone writes, so the others find its programs
+      only where all read.
 
   Returns:
     where the programs are kept.
@@ -39,16 +41,17 @@ def keep(folder: str | None, workdir: str) -> str | None:
     return None
   if folder:
     _check_writable(folder)
-  where = folder or os.path.join(workdir, _NAME)
+  where = os.path.expanduser(folder or os.path.join(home, _NAME))
   jax.config.update('jax_compilation_cache_dir', where)
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+  # Small programs are compiled sooner than a bucket takes them.
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', int(is_bucket(where)))
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
   _mend(where)
   return where
 
 
 def _check_writable(folder: str) -> None:
-  if '://' not in folder:
+  if not is_bucket(folder):
     cli.check_folder(_NAME, folder)
     return
   probe = epath.Path(folder) / f'.probe-{os.getpid()}'
@@ -72,7 +75,7 @@ def marked(program: str) -> Iterator[None]:
     program: name of the function that is jitted.
   """
   folder = jax.config.jax_compilation_cache_dir
-  if not folder or '://' in folder or jax.process_index():
+  if not folder or is_bucket(folder) or jax.process_index():
     yield
     return
   mark = pathlib.Path(folder, program + _MARK)
@@ -85,7 +88,7 @@ def marked(program: str) -> Iterator[None]:
 
 
 def _mend(folder: str) -> None:
-  if '://' in folder:
+  if is_bucket(folder):
     return
   for mark in pathlib.Path(folder).glob(f'*{_MARK}'):
     with contextlib.suppress(FileNotFoundError):  # other processes mend too

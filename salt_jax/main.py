@@ -21,7 +21,7 @@ def define_flags() -> None:
   flags.DEFINE_string(
     'compile_cache',
     None,
-    'Folder or bucket (gs://…) that keeps compiled programs; WORKDIR/compile_cache by default, "off" is none.',
+    'Folder or bucket (gs://…) that keeps compiled programs; by default beside the checkpoints, "off" is none.',
   )
   hosts.define_flags('Join the other hosts of a slice before anything else.')
 
@@ -38,12 +38,13 @@ def program() -> None:
   args = flags.FLAGS
   if args.config is None:
     raise InputError('pass an experiment, such as --config=configs/selfforcing.py:nano.')
-  workdir = args.workdir or os.path.join('runs', args.config.name)
+  # Shells leave the ~ of --workdir=~/run as it is.
+  workdir = os.path.expanduser(args.workdir or os.path.join('runs', args.config.name))
   with hosts.joined(args):
     if jax.process_index():
       logging.getLogger('salt_jax').setLevel(logging.WARNING)
     hosts.check_same(args.config, workdir)
-    compiled.keep(args.compile_cache, workdir)
+    compiled.keep(args.compile_cache, args.config.checkpoint.folder or workdir)
     train.run(args.config, workdir, args.profile)
 
 

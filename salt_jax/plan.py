@@ -72,8 +72,7 @@ def plan(
     InputError: a config, mesh or batch that cannot work, or an unknown program.
   """
   rec = recipe.build(config, ('tpu', slice_.generation.kind))
-  mesh = sharding.make_mesh(config.mesh, slices.devices(slice_))
-  splits.check_mesh(config, mesh)
+  mesh = _mesh(config, slice_)
   found, made = lowered.of_config(config, rec, mesh, slices.devices(slice_.host)), []
   unknown = [name for name in names if name not in found]
   if unknown:
@@ -86,6 +85,12 @@ def plan(
     if not made[-1].fits:
       break
   return made
+
+
+def _mesh(config: ConfigDict, slice_: Slice) -> jax.sharding.Mesh:
+  mesh = sharding.make_mesh(config.mesh, slices.devices(slice_))
+  splits.check_mesh(config, mesh)
+  return mesh
 
 
 def smallest(
@@ -109,12 +114,14 @@ def smallest(
   for slice_ in tried:
     sized = meshed(config, slice_)
     try:
-      made = plan(sized, slice_, names, reports)
+      _mesh(sized, slice_)
     except InputError as error:
       if sized.mesh.context == 1:
         raise
+      log.info('%s: %s', slice_.name, error)
       failed.append({'slice': slice_.name, 'step': '', 'why': str(error)})
       continue
+    made = plan(sized, slice_, names, reports)
     if made[-1].fits:
       return sized, slice_, made, failed
     last = made[-1]
@@ -240,6 +247,26 @@ def _verdict(rows: list[dict]) -> dict:
   return {'fits': all(one['fits'] for one in rows), 'iteration_seconds': total}
 
 
+def check_json(path: str) -> None:
+  """Refuses a file that the figures could not go into, before anything is compiled.
+
+  Raises:
+    InputError: a folder that is missing, a folder instead of a file, or a file of something else.
+  """
+  cli.check_folder('json', os.path.dirname(path))
+  if os.path.isdir(path):
+    raise InputError(f'--json={path} is a folder: name a file in it.')
+  if os.path.isfile(path):
+    _read(path)
+
+
+def _write(path: str, found: dict) -> None:
+  scratch = f'{path}.part'
+  with open(scratch, 'w', encoding='utf-8') as file:
+    json.dump(found, file, indent=1)
+  os.replace(scratch, path)
+
+
 def merged(path: str, new: dict) -> dict:
   """A record with the programs that a file holds already of the same config, slice and mesh."""
   if not os.path.isfile(path):
@@ -323,9 +350,12 @@ def _smaller(failed: list[dict]) -> str:
 def _read(path: str) -> dict:
   try:
     with open(path, encoding='utf-8') as file:
-      return json.load(file)
-  except (OSError, ValueError) as error:
-    raise InputError(f'{path} is no file of --json ({error}): write it again.') from error
+      found = json.load(file)
+    return found | {'programs': [dict(one) for one in found['programs']]}
+  except (OSError, ValueError, TypeError, KeyError) as error:
+    raise InputError(
+      f'{path} is no file of --json ({error!r}): delete it, and write it anew.'
+    ) from error
 
 
 def _experiment() -> str:
@@ -342,7 +372,7 @@ def program() -> None:
   if args.config is None or bool(args.slice) == bool(args.smallest):
     raise InputError('pass --config=FILE, and either --slice=v5p-128 or --smallest=v5p.')
   if args.json:
-    cli.check_folder('json', os.path.dirname(args.json))
+    check_json(args.json)
   if args.kept:
     cli.check_folder('kept', args.kept)
   slices.prepare()
@@ -357,8 +387,7 @@ def program() -> None:
   print(written(config, slice_, made))
   if args.json:
     found = merged(args.json, {'command': _experiment()} | record(config, slice_, made, failed))
-    with open(args.json, 'w', encoding='utf-8') as file:
-      json.dump(found, file, indent=1)
+    _write(args.json, found)
   if not made[-1].fits:
     sys.exit(1)
 

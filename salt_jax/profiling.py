@@ -49,16 +49,20 @@ def parse(text: str | None, total: int) -> Steps:
   return steps
 
 
-def check_ahead(steps: Steps, start: int) -> None:
-  """Refuses steps that a run which goes on behind step `start` has left behind.
+def ahead(steps: Steps, start: int) -> Steps:
+  """The steps, or none where a run that goes on behind step `start` has left them behind.
 
-  Raises:
-    InputError: naming the first step that is left.
+  The same command goes on, so it is a warning: whoever starts it again may not be able to change it.
   """
-  if steps.first and steps.first <= start:
-    raise InputError(
-      f'--profile={steps.first}:{steps.last}: the run goes on behind step {start}; choose from step {start + 1} on.'
-    )
+  if not 0 < steps.first <= start:
+    return steps
+  log.warning(
+    'no profile: --profile=%d:%d begins before step %d, behind which the run goes on; choose from %d on.',
+    *steps,
+    start,
+    start + 1,
+  )
+  return Steps()
 
 
 class Profiler:

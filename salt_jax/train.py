@@ -110,7 +110,7 @@ def _run(config: ConfigDict, rec, mesh, workdir: str, outside: tuple) -> dict[st
   shapes = states.shapes_of(stage.shapes, rec.optimizers, stage.averaged, stage.stream)
   like, placed = states.with_shardings(shapes, mesh, config)
   checkpoints, start = _checkpoints(config, workdir)
-  profiling.check_ahead(profiled, start)
+  profiled = profiling.ahead(profiled, start)
   state = (
     _restore(checkpoints, start, like)
     if start

@@ -10,8 +10,8 @@ import jax
 import pytest
 
 from configs import causal_init, pretrain, selfforcing
-from salt_jax import cli, main
-from tests.commands import NANO
+from salt_jax import cli, compiled, main, train
+from tests.commands import NANO, finished
 
 # What `import jax` sets where libtpu is installed, TPU or not.
 SET_BY_JAX = {'TPU_LIBRARY_PATH': '/there/libtpu.so', 'TPU_SKIP_MDS_QUERY': '1'}
@@ -104,3 +104,13 @@ def test_a_process_of_training_has_them_unless_others_join(monkeypatch, programs
   with pytest.raises(SystemExit):
     cli.run(main.process, programs['main'].define_flags)
   assert told.pop('ran') and told.get('jax_num_cpu_devices') == devices
+
+
+def test_the_home_of_a_user_is_found_in_a_workdir(programs, monkeypatch, tmp_path):
+  """Shells leave --workdir=~/run as it is."""
+  found = []
+  monkeypatch.setenv('HOME', str(tmp_path))
+  monkeypatch.setattr(train, 'run', lambda config, workdir, profile: found.append(workdir))
+  monkeypatch.setattr(compiled, 'keep', lambda *_: None)
+  finished(programs['main'], [NANO, '--workdir=~/run'], monkeypatch)
+  assert found == [str(tmp_path / 'run')]

@@ -51,7 +51,7 @@ def test_regression_and_consistency_may_stand_beside():
     (dict(experiments=[DMD], assignments=['nosuch=1']), '--set=nosuch=1 does not fit'),
     (dict(experiments=[DMD], assignments=['batch']), '--set=batch does not fit'),
     (
-      dict(experiments=[DMD, 'bi=configs/dmd.py:nano']),
+      dict(experiments=[DMD, 'bi=configs/dmd.py:nano'], assignments=['total_steps=50']),
       'bi and dmd are no fair pair: weights.init is assets:nano_teacher.safetensors in one',
     ),
     (

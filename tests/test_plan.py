@@ -29,7 +29,7 @@ from salt_jax import (
   splits,
 )
 from salt_jax.errors import InputError
-from tests import tiny_config
+from tests import commands, tiny_config
 from tests.test_sharding import ONE
 from tests.test_slices import over
 
@@ -282,9 +282,36 @@ def test_the_smallest_slice_is_found_and_written_down(folder, tmp_path, monkeypa
   path.write_text(json.dumps({'command': 'tiny'} | record))
   head, _, row = plan.table(str(tmp_path)).splitlines()
   assert head.count('|') == row.count('|') and '| v5e-16 | 16 |' in row
-  path.write_text('{}')
+  for wrong in ('{}', '[]', 'null', '{"programs": [1]}', path.read_text()[:-9]):
+    path.write_text(wrong)
+    for read in (plan.table, plan.check_json):
+      with pytest.raises(InputError, match='one.json is no file of --json .*: delete it'):
+        read(str(tmp_path if read is plan.table else path))
+  path.write_text('{"programs": []}')
   with pytest.raises(InputError, match='write it again'):
     plan.table(str(tmp_path))
+
+
+def test_where_the_figures_cannot_go_is_said_before_anything_is_compiled(
+  programs, monkeypatch, capsys, tmp_path
+):
+  monkeypatch.setattr(plan.slices, 'prepare', None)
+  command = [commands.NANO, '--slice=v5p-8', f'--json={tmp_path}']
+  said = commands.refusal(programs['plan'], command, monkeypatch, capsys)
+  assert said == f'salt_jax: --json={tmp_path} is a folder: name a file in it.'
+
+
+def test_a_damaged_finding_ends_a_search_and_is_not_taken_for_a_slice_that_is_too_small(
+  folder, monkeypatch
+):
+  def damaged(program, config, mesh, *rest):
+    if mesh.size == 16:
+      raise InputError('x.json is no kept report: delete it.')
+    return _fake(program, config, mesh, *rest)
+
+  monkeypatch.setattr(estimate, 'report', damaged)
+  with pytest.raises(InputError, match='no kept report'):
+    plan.smallest(tiny_config.get_config(folder), 'v5e')
 
 
 def test_nothing_that_fits_is_said_in_a_sentence(folder, monkeypatch):

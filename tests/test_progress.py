@@ -168,6 +168,25 @@ def test_programs_are_kept_from_the_first_start_on(tmp_path):
   assert second.startswith('tiny_step: traced, and read from the compile cache, in')
 
 
+def test_programs_lie_where_the_checkpoints_do(monkeypatch):
+  """In a bucket all hosts read what the first one wrote; small programs are compiled sooner than they are fetched."""
+  config = jax.config
+  names = ('jax_compilation_cache_dir', 'jax_enable_compilation_cache')
+  names += tuple(f'jax_persistent_cache_min_{x}' for x in ('compile_time_secs', 'entry_size_bytes'))
+  before = {name: getattr(config, name) for name in names}
+  try:
+    config.update('jax_compilation_cache_dir', None)
+    assert compiled.keep(None, 'gs://bucket/run') == 'gs://bucket/run/compile_cache'
+    assert config.jax_persistent_cache_min_compile_time_secs == 1
+    config.update('jax_compilation_cache_dir', None)
+    monkeypatch.setenv('HOME', '/nowhere')
+    assert compiled.keep(None, '~/run') == '/nowhere/run/compile_cache'
+    assert config.jax_persistent_cache_min_compile_time_secs == 0
+  finally:
+    for name, value in before.items():
+      config.update(name, value)
+
+
 @pytest.fixture
 def kept_here(tmp_path):
   before = jax.config.jax_compilation_cache_dir
