@@ -50,7 +50,7 @@ def versions() -> dict[str, str]:
 
 
 # Raise it when other things are read from a compiled program, or otherwise.
-FORMAT = 1
+FORMAT = 2
 
 
 def key(*parts: object) -> str:
