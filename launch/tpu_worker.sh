@@ -4,7 +4,8 @@ set -euo pipefail
 
 usage() {
   cat <<'HELP'
-usage: launch/tpu_worker.sh install EXTRAS           an environment with these extras, in .venv beside this code
+usage: launch/tpu_worker.sh install EXTRAS [SETUP]   an environment with these extras, in .venv beside this code; then
+                                                    SETUP, a command of bash, whether or not that was there already
        launch/tpu_worker.sh start RUN TOKEN [NAME=VALUE ...] -- FLAG ...
                                                     python -m salt_jax.main FLAG ..., detached from the terminal
        launch/tpu_worker.sh state [RUN]              absent, running, exit N, stopped, or lost (the machine restarted)
@@ -56,6 +57,10 @@ install() {
     .venv/bin/python -m pip install --quiet -e ".[$1]"
     printf '%s\n' "$1" > .venv/ready
     say "installed: ${here##*/}"
+  fi
+  if [[ -n ${2:-} ]]; then
+    say "setup: $2"
+    bash -c "$2"
   fi
   ln -sfn "${here##*/}" "${here%/*}/current"
 }

@@ -225,6 +225,9 @@ def test_no_answer_is_not_taken_for_no_slice(cloud):
     (['install', 'pod', '--repo=https://me:secret@example.org/x.git'], 'without user or token'),
     (['install', 'pod', '--commit=HEAD'], 'a whole commit hash'),
     (['install', 'pod', '--extras=tpu;id'], '--extras'),
+    (['install', 'pod', '--setup=A=1 HF_TOKEN=abc ./get'], 'looks like a secret'),
+    (['install', 'pod', '--setup=./get hf_' + 'a' * 30], 'looks like a secret'),
+    (['run', 'pod', '--setup=./get', '--', *FLAGS], 'run has no option --setup'),
     (['run', 'pod'], 'say what to run'),
     (['run', 'pod', '--', '--workdir=/r'], 'say what to run'),
     (['run', 'pod', '--', '--config=c.py', '--workdir=runs/x'], 'an absolute path on the workers'),
@@ -283,6 +286,27 @@ def test_an_old_python_gets_a_new_one_without_root(cloud):
   assert (cloud.home() / 'uv').exists()
   assert (cloud.home() / 'salt_jax_code/current/.venv/ready').exists()
   assert 'installed already' in cloud('install', 'pod')
+
+
+def test_setup_runs_in_the_code_of_every_worker_whenever_it_is_installed(cloud):
+  cloud('create', 'pod', '--type=v6e-8')
+  word = 'it\'s $HOME; "two"  blanks \\ `id` 低\nline *'
+  setup = f'test -e .venv/ready && A_TOKEN=$(id) && printf %s {shlex.quote(word)} >> "the inputs"'
+  for times in (1, 2):
+    cloud('install', 'pod', f'--setup={setup}')
+    for worker in (0, 1):
+      place = cloud.home(worker=worker) / 'salt_jax_code/current'
+      assert (place / 'the inputs').read_text() == word * times
+  assert 'installed already' in cloud('install', 'pod')
+  assert (cloud.home() / 'salt_jax_code/current/the inputs').read_text() == word * 2
+
+
+def test_a_failed_setup_is_named(cloud):
+  cloud('create', 'pod', '--type=v6e-8')
+  text = cloud('install', 'pod', '--setup=[[ $(hostname) == *-0 ]] || exit 7', code=1)
+  assert text.count('gcp_tpu: pod, worker 1 failed with exit code 7') == 1
+  assert 'pod, worker 0' not in text and len(cloud.calls('ssh')) == 1
+  assert 'the code is not there yet' in cloud('run', 'pod', '--', *FLAGS, code=1)
 
 
 @pytest.mark.parametrize(('kind', 'worker'), [('v6e-8', 1), ('v6e-4', 0)])

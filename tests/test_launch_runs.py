@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import pathlib
 import signal
 import subprocess
 import threading
@@ -77,6 +78,25 @@ def test_keep_going_makes_the_slice_again(cloud):
   assert [record['key'] for record in cloud.ran()] == ['2.pod.0']
   assert cloud.ran()[0]['argv'] == [*NASTY, '--multihost']
   assert len(cloud.calls('create')) == 2 and len(cloud.calls('delete')) == 1
+
+
+def test_a_slice_made_again_is_set_up_again(cloud):
+  cloud('create', 'pod', '--type=v5litepod-8')
+  cloud('install', 'pod', '--setup=echo "$0" weights > weights')
+  cloud.set('program', {f'1.pod.{worker}': {'until': 'never'} for worker in (0, 1)})
+  cloud.set('cut', ['preempted', 'preempted'])
+  cloud('run', 'pod', '--keep-going', '--', *FLAGS)
+  for worker in (0, 1):
+    (record,) = cloud.ran(worker=worker)
+    assert pathlib.Path(record['cwd'], 'weights').read_text() == 'bash weights\n'
+
+
+def test_an_installation_noted_without_a_setup_is_read(cloud):
+  cloud.pod('v4-8')
+  (note,) = cloud.state.glob('notes/*/*/pod/install')
+  note.write_bytes(b''.join(field + b'\0' for field in note.read_bytes().split(b'\0')[:4]))
+  cloud('run', 'pod', '--', *FLAGS)
+  assert 'finished on all workers' in cloud('resume', 'pod')
 
 
 def test_keep_going_when_the_slice_goes_before_the_run_starts(cloud):

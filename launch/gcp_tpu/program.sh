@@ -27,7 +27,7 @@ choose_code() {
 
 # The code and its environment on all workers; can be done again at any time.
 install() {
-  local node bring place=salt_jax_code/$commit pack=salt_jax-$commit.tar.gz
+  local node bring place=salt_jax_code/$commit pack=salt_jax-$commit.tar.gz words=("$extras" ${setup:+"$setup"})
   bring="git clone --quiet $(quote "$repo") $place.part && git -C $place.part checkout --quiet --detach $commit"
   if [[ -n $ship ]]; then
     bring="mkdir $place.part && tar -xzf $pack -C $place.part"
@@ -39,14 +39,14 @@ install() {
       return 1
     fi
     if ! on_workers "$node" "{ test -d $place || { mkdir -p salt_jax_code && rm -rf $place.part && $bring && mv $place.part $place; } && \
-bash $place/launch/tpu_worker.sh install $extras; } || { code=\$?; name=\$(hostname); \
+bash $place/launch/tpu_worker.sh install $(quote "${words[@]}"); } || { code=\$?; name=\$(hostname); \
 echo \"[worker \${name##*-w-}] failed with exit code \$code\"; exit \$code; }"; then
       say "the code was not installed on all workers of $node (above)."
       return 1
     fi
   done
   rm -f "$record/$pack"
-  note install "$commit" "$repo" "$ship" "$extras"
+  note install "$commit" "$repo" "$ship" "$extras" "$setup"
 }
 
 pack_code() {
