@@ -159,12 +159,20 @@ def test_resume_deletes_no_slice_of_others(cloud):
   assert not cloud.calls('delete')
 
 
-def test_the_worker_that_failed_is_named(cloud):
+@pytest.mark.parametrize('lost', [69, 134])
+def test_the_worker_that_failed_is_named(cloud, lost):
   cloud.pod()
-  cloud.set('program', {'1.pod.0': {'code': 69}, '1.pod.1': {'code': 3}})
+  cloud.set('program', {'1.pod.0': {'code': lost}, '1.pod.1': {'code': 3}})
   text = cloud('run', 'pod', '--keep-going', '--', *FLAGS, code=3)
-  assert 'pod, worker 1: exit code 3' in text and 'pod, worker 0: exit code 69' in text
+  assert 'pod, worker 1: exit code 3' in text and f'pod, worker 0: exit code {lost}' in text
   assert len(cloud.ran()) == 1 and not cloud.calls('delete')
+
+
+def test_a_host_that_jax_ended_as_another_was_lost_goes_on(cloud):
+  cloud.pod()
+  cloud.set('program', {'1.pod.0': {'code': 134}, '1.pod.1': {'code': 134}})
+  text = cloud('run', 'pod', '--keep-going=1', '--', *FLAGS, code=75)
+  assert 'run main failed' not in text and len(cloud.ran()) == 2 and len(cloud.calls('create')) == 1
 
 
 def test_a_run_told_to_leave_goes_on_in_the_same_slice(cloud):

@@ -136,8 +136,8 @@ conclude() {
     outcome=gone
     [[ $health != gone ]] || return 0
     [[ $health == waiting ]] || read_states
-    bad=$(grep -vE ' (exit (0|69|75|143)|running|lost|stopped)$' <<< "$states" | grep . || true)
-    left=$(grep -E ' (exit (69|75|143)|lost)$' <<< "$states" || true)
+    bad=$(grep -vE ' (exit (0|69|75|134|143)|running|lost|stopped)$' <<< "$states" | grep . || true)
+    left=$(grep -E ' (exit (69|75|134|143)|lost)$' <<< "$states" || true)
     if [[ $health == waiting ]]; then
       outcome=left
     elif [[ -z $states ]]; then
@@ -183,7 +183,7 @@ blame() {
   while read -r node worker end code; do
     case $end$code in
       exit0) continue ;;
-      running | exit69 | exit75 | exit143) ;;
+      running | exit69 | exit75 | exit134 | exit143) ;;
       *) first=${first:-${code:-1}} ;;
     esac
     say "$node, worker $worker: ${end/exit/exit code}${code:+ $code}"
