@@ -28,7 +28,7 @@ usage: launch/gcp_tpu.sh COMMAND NAME [option ...] [-- FLAG ...]
   resume NAME [--run=R]     go on after a preemption: slice, code and command as they were (also --keep-going)
   logs NAME [--run=R]       follow it (--worker=K); --no-follow: the last lines of all workers (--lines=20)
   status NAME               the state of the slice, and of the runs on each worker
-  stop NAME [--run=R]       tell the run to save and leave
+  stop NAME [--run=R]       tell the run to save and leave; --now: if it cannot save, tell it again, and it leaves at once
   fetch NAME --to=DIR       the logs of all workers, the first one's workdir, and the run's bucket
   delete NAME [--yes]       delete the slice, if this script and this owner made it
   list                      what this script made in the zone, and still costs or holds quota
@@ -56,7 +56,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 command=${1:-} name='' zone=${CLOUDSDK_COMPUTE_ZONE:-} project=${CLOUDSDK_CORE_PROJECT:-} owner=${USER:-$(id -un)} dry=''
 type='' tier='' queued='' slices=1 minutes=1440 tries=5 looks=10 runtime='' network=() where=() reach=()
-commit='' repo='' ship='' extras=tpu,gcs,wan setup='' run=main keep='' follow=yes environment=() worker=0 workers=all lines=20 to='' yes='' flags=()
+commit='' repo='' ship='' extras=tpu,gcs,wan setup='' run=main keep='' follow=yes environment=() worker=0 workers=all lines=20 to='' now='' yes='' flags=()
 said='' facts='' kind=none state='' found_type='' made_by='' owned_by='' nodes=() health='' because='' states='' outcome=''
 address='^https://[A-Za-z0-9.-]+/[A-Za-z0-9._/~+-]+$'
 
@@ -68,7 +68,7 @@ declare -A options=(
   [resume]='run keep-going no-follow tries minutes'
   [logs]='run worker lines no-follow tries queued slices'
   [status]='tries queued slices'
-  [stop]='run tries queued slices'
+  [stop]='run now tries queued slices'
   [fetch]='run to tries queued slices'
   [delete]='yes tries queued slices'
   [list]=''
@@ -83,7 +83,7 @@ read_option() {
     *) die "$command has no option --$key; see launch/gcp_tpu.sh --help." 2 ;;
   esac
   case $key in
-    spot | reserved | queued | ship | no-follow | yes | dry-run | internal-ip | internal-ips)
+    spot | reserved | queued | ship | no-follow | now | yes | dry-run | internal-ip | internal-ips)
       [[ $1 == "--$key" ]] || die "--$key takes no value." 2
       ;;
   esac
@@ -95,6 +95,7 @@ read_option() {
     queued) queued=yes ;;
     ship) ship=yes ;;
     no-follow) follow='' ;;
+    now) now=now ;;
     yes) yes=yes ;;
     dry-run) dry=yes ;;
     keep-going) keep=${value:-20} ;;
@@ -236,7 +237,7 @@ stop() {
   local node
   ready
   for node in "${nodes[@]}"; do
-    on_workers "$node" "$(quote bash salt_jax_code/current/launch/tpu_worker.sh stop "$run")" \
+    on_workers "$node" "$(quote bash salt_jax_code/current/launch/tpu_worker.sh stop "$run" ${now:+"$now"})" \
       || die "run $run may not have stopped on $node (above)."
   done
 }

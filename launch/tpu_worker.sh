@@ -11,7 +11,7 @@ usage: launch/tpu_worker.sh install EXTRAS [SETUP]   an environment with these e
        launch/tpu_worker.sh state [RUN]              absent, running, exit N, stopped, or lost (the machine restarted)
        launch/tpu_worker.sh follow RUN BYTES         the log behind its first BYTES, until the run ends
        launch/tpu_worker.sh tail RUN LINES           its last lines
-       launch/tpu_worker.sh stop RUN                 SIGTERM: the run saves and leaves
+       launch/tpu_worker.sh stop RUN [now]           SIGTERM, once: the run saves and leaves; with now once more: it leaves at once
 
 A run keeps log, exit_code and the command in ~/salt_jax_runs/RUN, and the logs before it as log.TOKEN.
 HELP
@@ -105,7 +105,7 @@ start() {
   if [[ -e $place/log ]]; then
     mv "$place/log" "$place/log.$(cat "$place/token")"
   fi
-  rm -f "$place/exit_code" "$place/pid" "$place/stopped"
+  rm -f "$place/exit_code" "$place/pid" "$place/python_pid" "$place/stopped"
   printf '%s\n' "$token" > "$place/token"
   printf '%s\n' "$boot" > "$place/boot"
   printf '%q ' "$@" > "$place/command"
@@ -165,13 +165,20 @@ states() {
   done
 }
 
+# The program takes a second SIGTERM for "at once, without saving", and this may be repeated where a connection fails.
 stop() {
-  if [[ $(state "$1") == running ]]; then
-    touch "$runs/$1/stopped"
-    kill -TERM "$(< "$runs/$1/python_pid")"
-    say "run $1: told to save and leave"
-  else
+  local place=$runs/$1
+  if [[ $(state "$1") != running ]]; then
     say "run $1: not running ($(state "$1"))"
+  elif [[ -e $place/stopped && ${2:-} != now ]]; then
+    say "run $1: told already; it saves and leaves"
+  else
+    touch "$place/stopped"
+    if ! kill -TERM "$(< "$place/python_pid")"; then
+      rm "$place/stopped"
+      return 1
+    fi
+    say "run $1: told to ${2:+leave }${2:-save and leave}"
   fi
 }
 

@@ -36,7 +36,7 @@ def test_queued_slices_over_two_nodes(cloud):
 def test_refused_connections_start_one_run(cloud):
   cloud.pod()
   cloud.fail('tpu-vm ssh', '[/usr/bin/ssh] exited with return code [255].', code=255)
-  cloud.set('unheard', [1])
+  cloud.set('unheard', ['start'])
   text = cloud('run', 'pod', '--', *FLAGS)
   assert text.count('could not be reached') == 2 and 'started already' in text
   assert [len(cloud.ran(worker=worker)) for worker in (0, 1)] == [1, 1]
@@ -194,6 +194,35 @@ def test_a_run_told_to_leave_goes_on_in_the_same_slice(cloud):
   text = cloud('logs', 'pod', '--no-follow', '--lines=1')
   assert '[worker 0] ended' in text and '[worker 1] ended' in text
   assert list((cloud.home() / 'salt_jax_runs/main').glob('log.*'))
+
+
+def test_a_repeated_stop_lets_the_run_save(cloud):
+  cloud.pod()
+  plan = {'until': 'never', 'saves': 'disk'}
+  cloud.set('program', {'1.pod.0': plan, '1.pod.1': plan})
+  cloud('run', 'pod', '--no-follow', '--', *FLAGS)
+  logs = [cloud.home(worker=worker) / 'salt_jax_runs/main/log' for worker in (0, 1)]
+  wait_for(lambda: all('started' in log.read_text() for log in logs))
+  cloud.set('unheard', ['stop'])
+  text = cloud('stop', 'pod')
+  for worker in (0, 1):
+    assert f'[worker {worker}] run main: told already; it saves and leaves' in text
+  (cloud.state / 'disk').touch()
+  assert 'was stopped' in cloud('logs', 'pod', code=75)
+  assert all('saving\nsaved\n' in log.read_text() for log in logs)
+
+
+def test_stop_now_ends_a_run_that_cannot_save(cloud):
+  cloud.pod('v4-8')
+  cloud.set('program', {'1.pod.0': {'until': 'never', 'saves': 'never'}})
+  cloud('run', 'pod', '--no-follow', '--', *FLAGS)
+  log = cloud.home() / 'salt_jax_runs/main/log'
+  wait_for(lambda: 'started' in log.read_text())
+  cloud('stop', 'pod')
+  wait_for(lambda: 'saving' in log.read_text())
+  assert 'told to leave now' in cloud('stop', 'pod', '--now')
+  assert 'was stopped' in cloud('logs', 'pod', code=75)
+  assert log.with_name('exit_code').read_text() == '143\n'
 
 
 @pytest.fixture

@@ -287,7 +287,9 @@ def ssh(names, flags, world):
   value = usable(names[0], world)
   workers = chosen(value, flags)
   cut = load('cut.json', [])
-  unheard = load('unheard.json', []) if ' start ' in flags['command'] else []
+  unheard = load('unheard.json', [])
+  if not (unheard and f' {unheard[0]} ' in flags['command']):
+    unheard = []
   if cut[:1] == ['before start'] and ' start ' in flags['command']:
     return interrupt(None, cut, names[0], world)
   codes = []
