@@ -23,7 +23,8 @@ usage: launch/gcp_tpu.sh COMMAND NAME [option ...] [-- FLAG ...]
                             the code is installed, also in a slice made again: it must bear to run twice
   run NAME -- FLAG ...      python -m salt_jax.main FLAG ... on all workers, detached; follows the log of worker 0
       --run=main            name of the run, for resume, logs, status, stop, fetch
-      --keep-going[=20]     when the slice is taken away: make it again, install, go on; at most so often
+      --keep-going[=20]     when the slice is taken away: make it again, install, go on; at most so often, and asking
+                            for capacity once a minute for --minutes=1440 (instead of --tries times)
       --no-follow           come back at once            --env=NAME=VALUE   set for the program, such as LIBTPU_INIT_ARGS
   resume NAME [--run=R]     go on after a preemption: slice, code and command as they were (also --keep-going)
   logs NAME [--run=R]       follow it (--worker=K); --no-follow: the last lines of all workers (--lines=20)

@@ -156,11 +156,10 @@ def test_a_name_that_is_taken(cloud):
 
 
 def test_a_queue_that_does_not_move_and_one_that_fails(cloud):
-  cloud.set('queue', ['WAITING_FOR_RESOURCES'])
+  cloud.set('queues', [['WAITING_FOR_RESOURCES'], ['ACCEPTED', 'FAILED']])
   text = cloud('create', 'pod', '--type=v6e-8', '--queued', '--minutes=2')
   assert 'WAITING_FOR_RESOURCES still' in text and len(cloud.calls('describe')) <= 14
   assert 'cannot be used now' in cloud('install', 'pod', code=1)
-  cloud.set('queue', ['ACCEPTED', 'FAILED'])
   assert 'FAILED, it did not come to be' in cloud(
     'create', 'bad', '--type=v6e-8', '--queued', code=1
   )

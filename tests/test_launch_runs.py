@@ -106,6 +106,70 @@ def test_keep_going_when_the_slice_goes_before_the_run_starts(cloud):
   assert [record['key'] for record in cloud.ran()] == ['2.pod.0']
 
 
+QUEUED = ['WAITING_FOR_RESOURCES', 'ACTIVE']
+
+
+def preempted(cloud, *options):
+  """A queued slice called pod that is taken away once a run in it is followed."""
+  cloud('create', 'pod', '--type=v4-8', *options)
+  cloud('install', 'pod')
+  cloud.set('program', {'1.pod.0': {'until': 'never'}})
+  cloud.set('cut', ['preempted'])
+
+
+def test_keep_going_when_the_slice_goes_while_it_is_made_again(cloud):
+  cloud.set('queues', [QUEUED, ['ACCEPTED', 'SUSPENDED'], ['ACCEPTED', 'FAILED'], QUEUED])
+  preempted(cloud, '--queued')
+  text = cloud('run', 'pod', '--keep-going=3', '--', *FLAGS)
+  assert 'pod is SUSPENDED: the slice was taken away' in text
+  assert 'could not be reached' not in text
+  assert [record['key'] for record in cloud.ran()] == ['2.pod.0']
+  assert len(cloud.calls('create')) == 4
+
+
+def test_a_slice_that_goes_while_it_is_made_again_costs_a_round(cloud):
+  cloud.set('queues', [QUEUED, *[['ACCEPTED', 'SUSPENDED']] * 3])
+  preempted(cloud, '--queued')
+  text = cloud('run', 'pod', '--keep-going=2', '--', *FLAGS, code=75)
+  assert 'resume pod' in text and len(cloud.calls('create')) == 3
+  assert 'SUSPENDED, it did not come to be' in cloud('resume', 'pod', code=1)
+
+
+def test_keep_going_says_how_when_the_queue_does_not_move(cloud):
+  cloud.set('queues', [QUEUED, ['WAITING_FOR_RESOURCES']])
+  preempted(cloud, '--queued')
+  text = cloud('run', 'pod', '--keep-going', '--minutes=1', '--', *FLAGS, code=75)
+  assert 'WAITING_FOR_RESOURCES still' in text and 'to go on then: launch/gcp_tpu.sh resume' in text
+
+
+FULL = 'There is no more capacity in the zone "us-west4-a"; you can try in another zone'
+
+
+def test_keep_going_waits_for_capacity(cloud):
+  preempted(cloud)
+  cloud.fail('tpu-vm create', FULL, times=7)
+  text = cloud('run', 'pod', '--keep-going', '--', *FLAGS)
+  assert 'no capacity for v4-8 in us-west4-a (try 7 of 1441, one a minute)' in text
+  assert [record['key'] for record in cloud.ran()] == ['2.pod.0']
+
+
+def test_keep_going_waits_for_capacity_not_for_ever(cloud):
+  preempted(cloud)
+  cloud.fail('tpu-vm create', FULL, times=99)
+  text = cloud('run', 'pod', '--keep-going', '--minutes=6', '--', *FLAGS, code=8)
+  assert 'no capacity for v4-8 for 6 minutes' in text and 'gcp_tpu.sh resume pod' in text
+  assert len(cloud.calls('create')) == 1 + 7
+  assert 'has no capacity for v4-8 now' in cloud('resume', 'pod', '--tries=2', code=8)
+  assert len(cloud.calls('create')) == 1 + 7 + 2
+
+
+def test_keep_going_ends_where_waiting_does_not_help(cloud):
+  preempted(cloud)
+  cloud.fail('tpu-vm create', 'RESOURCE_EXHAUSTED: Quota limit TPUV4 has been exceeded.', times=9)
+  assert 'quota does not allow' in cloud('run', 'pod', '--keep-going', '--', *FLAGS, code=8)
+  assert len(cloud.calls('create')) == 2
+
+
 def test_keep_going_waits_for_a_slice_in_repair(cloud):
   cloud.pod('v4-8')
   cloud.set('program', {'1.pod.0': {'until': 'cut'}})

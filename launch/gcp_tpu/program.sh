@@ -104,8 +104,12 @@ renew() {
     [[ $kind == none ]] || remove
     make
   fi
-  [[ -n $dry ]] || await
+  [[ -n $dry ]] || await || return 1
   install
+}
+
+resumption() {
+  quote launch/gcp_tpu.sh resume "$name" "${where[@]}" "--run=$run"
 }
 
 # Starts, follows and concludes: once, or again and again with --keep-going. `cycle yes` looks after slice and code first.
@@ -124,7 +128,7 @@ cycle() {
     fi
     fresh=yes
   done
-  say "to go on from the newest checkpoint: $(quote launch/gcp_tpu.sh resume "$name" "${where[@]}" "--run=$run")"
+  say "to go on from the newest checkpoint: $(resumption)"
   exit 75
 }
 

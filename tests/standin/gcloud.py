@@ -197,7 +197,11 @@ def create_queued(names, flags, world):
     members = [f'{flags["node-prefix"]}-{number}' for number in range(int(flags['node-count']))]
   else:
     spec['nodeId'], members = flags['node-id'], [flags['node-id']]
-  states = load('queue.json', ['ACCEPTED', 'WAITING_FOR_RESOURCES', 'PROVISIONING', 'ACTIVE'])
+  queues = load('queues.json', [])
+  states = ['ACCEPTED', 'WAITING_FOR_RESOURCES', 'PROVISIONING', 'ACTIVE']
+  if queues:
+    states = queues.pop(0)
+    save('queues.json', queues)
   world['queued'][names[0]] = {
     'state': {'state': states[0]},
     'tpu': {'nodeSpec': [spec]},
