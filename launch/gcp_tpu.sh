@@ -59,6 +59,8 @@ command=${1:-} name='' zone=${CLOUDSDK_COMPUTE_ZONE:-} project=${CLOUDSDK_CORE_P
 type='' tier='' queued='' slices=1 minutes=1440 tries=5 looks=10 runtime='' network=() where=() reach=()
 commit='' repo='' ship='' extras=tpu,gcs,wan setup='' run=main keep='' follow=yes environment=() worker=0 workers=all lines=20 to='' now='' yes='' flags=()
 said='' facts='' kind=none state='' found_type='' made_by='' owned_by='' nodes=() health='' because='' states='' outcome=''
+# Without these ssh waits for minutes to connect, and for ever on a worker that is gone.
+ssh=(compute tpus tpu-vm ssh '--ssh-flag=-o ConnectTimeout=20' '--ssh-flag=-o ServerAliveInterval=15')
 address='^https://[A-Za-z0-9.-]+/[A-Za-z0-9._/~+-]+$'
 
 # The options of each command besides those of all.

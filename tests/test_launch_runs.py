@@ -52,6 +52,9 @@ def test_a_dropped_log_goes_on_where_it_was(cloud):
   text = cloud('run', 'pod', '--', *FLAGS)
   assert 'connection dropped; going on behind byte 16' in text
   assert text.count('started 1.pod.0') == 1 and text.count('ended') == 1
+  limits = {'--ssh-flag=-o ConnectTimeout=20', '--ssh-flag=-o ServerAliveInterval=15'}
+  assert all(limits < set(words) for words in cloud.calls('ssh'))
+  assert {words[-1].split()[2] for words in cloud.calls('ssh')[1:]} == {'start', 'follow', 'state'}
 
 
 @pytest.mark.parametrize('queued', [[], ['--queued']])

@@ -150,7 +150,7 @@ on_workers() {
   local node=$1 try code failed='^\[worker [^]]*\] failed|^##### Command execution on worker|terminal state'
   for ((try = 1; try <= tries; try++)); do
     code=0
-    act compute tpus tpu-vm ssh "$node" "${where[@]}" "${reach[@]}" "--worker=$workers" "--command=$2" || code=$?
+    act "${ssh[@]}" "$node" "${where[@]}" "${reach[@]}" "--worker=$workers" "--command=$2" || code=$?
     [[ $code -ne 0 ]] || return 0
     # ssh ends with 255 and gcloud with 1 where they fail themselves.
     if [[ $code -ne 1 && $code -ne 255 ]] || grep -qE "$failed" <<< "$said"; then
@@ -188,7 +188,7 @@ read_states() {
   question=$(quote bash salt_jax_code/current/launch/tpu_worker.sh state "$run")
   states=''
   for node in "${nodes[@]}"; do
-    if ! answer=$(gcloud compute tpus tpu-vm ssh "$node" "${where[@]}" "${reach[@]}" --worker=all "--command=$question" \
+    if ! answer=$(gcloud "${ssh[@]}" "$node" "${where[@]}" "${reach[@]}" --worker=all "--command=$question" \
       < /dev/null 2> "$tmp/error"); then
       states=''
       return 0
@@ -202,7 +202,7 @@ follow_log() {
   local node=${nodes[0]} drops=0 before=0
   : > "$tmp/stream"
   while :; do
-    if gcloud compute tpus tpu-vm ssh "$node" "${where[@]}" "${reach[@]}" "--worker=$worker" "--command=$(quote bash \
+    if gcloud "${ssh[@]}" "$node" "${where[@]}" "${reach[@]}" "--worker=$worker" "--command=$(quote bash \
       salt_jax_code/current/launch/tpu_worker.sh follow "$run" "$before")" < /dev/null 2> "$tmp/error" \
       | tee -a "$tmp/stream" "$record/log.$run"; then
       return 0

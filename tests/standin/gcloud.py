@@ -24,7 +24,7 @@ FLAGS = {
   'tpu-vm describe': WIDE,
   'tpu-vm delete': WIDE + ' async',
   'tpu-vm list': WIDE + ' filter',
-  'tpu-vm ssh': WIDE + ' worker command internal-ip',
+  'tpu-vm ssh': WIDE + ' worker command internal-ip ssh-flag',
   'tpu-vm scp': WIDE + ' worker recurse internal-ip compress',
   'queued-resources create': CREATE
   + ' runtime-version node-id node-count node-prefix valid-until-duration',
