@@ -9,7 +9,8 @@ usage: launch/tpu_worker.sh install EXTRAS [SETUP]   an environment with these e
        launch/tpu_worker.sh start RUN TOKEN [NAME=VALUE ...] -- FLAG ...
                                                     python -m salt_jax.main FLAG ..., detached from the terminal
        launch/tpu_worker.sh state [RUN]              absent, running, exit N, stopped, or lost (the machine restarted)
-       launch/tpu_worker.sh follow RUN BYTES         the log behind its first BYTES, until the run ends
+       launch/tpu_worker.sh follow RUN BYTES [MARK]  the log behind its first BYTES, until the run ends; before it, with
+                                                    MARK, a line of the character 036, MARK and BYTES
        launch/tpu_worker.sh tail RUN LINES           its last lines
        launch/tpu_worker.sh stop RUN [now]           SIGTERM, once: the run saves and leaves; with now once more: it leaves at once
 
@@ -139,6 +140,9 @@ follow() {
   if [[ ! -e $place/log ]]; then
     say "there is no run $1 here" >&2
     return 4
+  fi
+  if [[ -n ${3:-} ]]; then
+    printf '\036%s %s\n' "$3" "$2"
   fi
   local wait=${SALT_JAX_TPU_WAIT:-1}
   if [[ $(state "$1") == running ]]; then

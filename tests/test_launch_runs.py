@@ -57,6 +57,21 @@ def test_a_dropped_log_goes_on_where_it_was(cloud):
   assert {words[-1].split()[2] for words in cloud.calls('ssh')[1:]} == {'start', 'follow', 'state'}
 
 
+@pytest.mark.parametrize(
+  'cuts', [['repeat'], ['repeat', 'drop'], ['drop', 'repeat', 'repeat', 'drop']], ids='-'.join
+)
+def test_a_log_that_gcloud_itself_asks_for_again(cloud, cuts):
+  cloud.pod('v4-8')
+  says = '低质量\t \\n 100% \r' + 'x' * 9999 + '\n\n  \x1e1 0\n* half a líne'
+  cloud.set('program', {'1.pod.0': {'until': 'cut', 'says': says}})
+  cloud.set('cut', cuts)
+  text = cloud('run', 'pod', '--', *FLAGS)
+  (record,) = cloud.state.glob('notes/*/*/pod/log.main')
+  log = (cloud.home() / 'salt_jax_runs/main/log').read_bytes()
+  assert record.read_bytes() == log and says.encode() + b'ended\n' in log
+  assert text.count('started 1.pod.0') == text.count('ended\n') == 1
+
+
 @pytest.mark.parametrize('queued', [[], ['--queued']])
 def test_a_preempted_run_is_resumed_by_hand(cloud, queued):
   cloud('create', 'pod', '--type=v5litepod-8', '--spot', *queued)

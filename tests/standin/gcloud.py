@@ -300,8 +300,12 @@ def ssh(names, flags, world):
   for worker in workers:
     print(f'SSH: Attempting to connect to worker {worker}...', file=sys.stderr)
     process = on_worker(names[0], worker, value['generation'], flags['command'], bool(unheard))
-    if cut and ' follow ' in flags['command']:
-      return interrupt(process, cut, names[0], world)
+    while cut and ' follow ' in flags['command']:
+      repeats = cut[0] == 'repeat'
+      code = interrupt(process, cut, names[0], world)
+      if not repeats:
+        return code
+      process = on_worker(names[0], worker, value['generation'], flags['command'], False)
     codes.append(process.wait())
     if codes[-1] and len(workers) > 1:
       print(
@@ -317,7 +321,8 @@ def ssh(names, flags, world):
 
 
 def interrupt(process, cut, name, world):
-  """Cuts the connection while a log is followed: by the network ("drop"), a "repair", or with the whole slice."""
+  """Cuts the connection while a log is followed: by the network ("drop", or "repeat" where gcloud itself
+  tries again), a "repair", or with the whole slice. After the last cut it lets the program go on."""
   import signal
   import time
 
@@ -331,13 +336,14 @@ def interrupt(process, cut, name, world):
   time.sleep(0.1)
   if process:
     os.killpg(process.pid, signal.SIGKILL)
-  (STATE / 'cut').touch()
   what = cut.pop(0)
   save('cut.json', cut)
+  if not cut:
+    (STATE / 'cut').touch()
   if what == 'repair':
     power_off(log)
     world['nodes'][name].update(state='REPAIRING', next=['REPAIRING'] * 30 + ['READY'])
-  elif what != 'drop':
+  elif what not in ('drop', 'repeat'):
     take_away(world['nodes'], name, 'PREEMPTED')
     for value in world['queued'].values():
       if name in value['members']:

@@ -1,8 +1,8 @@
 """Stands in for the Python of a TPU VM in the tests of launch/gcp_tpu.sh.
 
 It makes environments that hold itself, writes the arguments of salt_jax.main down, and ends as program.json says of
-this life of this worker: {"1.NODE.0": {"code": 0, "until": FILE, "saves": FILE}}. SIGTERM ends it once
-the latter is there, and a second one at once.
+this life of this worker: {"1.NODE.0": {"code": 0, "until": FILE, "says": TEXT, "saves": FILE}}. SIGTERM
+ends it once the last file is there, and a second one at once.
 """
 
 import json
@@ -40,7 +40,7 @@ def run(arguments):
     os._exit(75)
 
   signal.signal(signal.SIGTERM, leave)
-  print(f'started {os.environ["STANDIN_KEY"]}', flush=True)
+  print(f'started {os.environ["STANDIN_KEY"]}\n{plan.get("says", "")}', end='', flush=True)
   wait('until')
   print('ended', flush=True)
   sys.exit(plan.get('code', 0))
