@@ -1,6 +1,7 @@
 """launch/gcp_tpu.sh against a stand-in for gcloud: what it refuses, the slice, the code, what reaches the program."""
 
 import pathlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import sys
 
 import pytest
 
+from configs import selfforcing
 from tests.clouds import FLAGS, NASTY, ROOT, Cloud, wait_for
 
 
@@ -319,6 +321,31 @@ def test_a_failed_installation_is_named_and_not_tried_again(cloud, kind, worker)
     and len(cloud.calls('ssh')) == 2
   )
   assert 'the code is not there yet' in cloud('run', 'pod', '--', *FLAGS, code=1)
+
+
+def test_the_example_of_the_readme(cloud, tmp_path):
+  block = (ROOT / 'README.md').read_text().split('## On a TPU slice')[1].split('```')[1]
+  lines = [shlex.split(line)[1:] for line in block.splitlines() if line.startswith('launch/')]
+  create, install, run, fetch, delete = lines
+  chips = create[2].removeprefix('--type=v5litepod-')
+  assert {'--config=configs/selfforcing.py:nano', f'--config.batch={chips}'} < set(run)
+  for words in (create, install, run):
+    cloud(*words)
+  assert [len(cloud.ran(worker=worker)) for worker in range(4)] == [1] * 4
+  (cloud.state / 'buckets/BUCKET/run').mkdir(parents=True)
+  (cloud.home() / 'tmp/run').mkdir(parents=True)
+  cloud(*fetch[:2], f'--to={tmp_path / fetch[2].removeprefix("--to=")}')
+  cloud(*delete, stdin='pod\n')
+
+
+def test_the_example_on_gke_fits_its_slice_and_names_its_files():
+  text = (ROOT / 'launch/GKE.md').read_text()
+  (kind,) = set(re.findall(r'--tpu-type=(\S+)', text))
+  (config,) = re.findall(r'--config=configs/(\S+)', text)
+  assert f'| {config} | {kind} |' in (ROOT / 'README.md').read_text()
+  files = selfforcing.get_config().weights
+  for name in ('vae', 'text', 'tokenizer', 'teacher', 'init', 'critic'):
+    assert f'{name}=/inputs/{files[name].removesuffix(".safetensors")}' in text
 
 
 def test_scripts_are_clean():
