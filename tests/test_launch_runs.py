@@ -102,7 +102,7 @@ def test_a_slice_made_again_is_set_up_again(cloud):
   cloud('create', 'pod', '--type=v5litepod-8')
   cloud('install', 'pod', '--setup=echo "$0" weights > weights')
   cloud.set('program', {f'1.pod.{worker}': {'until': 'never'} for worker in (0, 1)})
-  cloud.set('cut', ['preempted', 'preempted'])
+  cloud.set('cut', ['preempted'])
   cloud('run', 'pod', '--keep-going', '--', *FLAGS)
   for worker in (0, 1):
     (record,) = cloud.ran(worker=worker)
