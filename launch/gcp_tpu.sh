@@ -18,14 +18,18 @@ usage: launch/gcp_tpu.sh COMMAND NAME [option ...] [-- FLAG ...]
       --commit=HASH --repo=URL   another commit, another place; by default origin's, by https
       --ship                send `git archive` of the commit instead, for what is not pushed
       --extras=tpu,gcs,wan  extras of setup.py, parted by commas
+      --setup='COMMAND'     for bash in the code's folder on every worker, behind the environment, such as
+                            'gcloud storage rsync --recursive gs://BUCKET/inputs .'; noted, and run again whenever
+                            the code is installed, also in a slice made again: it must bear to run twice
   run NAME -- FLAG ...      python -m salt_jax.main FLAG ... on all workers, detached; follows the log of worker 0
       --run=main            name of the run, for resume, logs, status, stop, fetch
-      --keep-going[=20]     when the slice is taken away: make it again, install, go on; at most so often
+      --keep-going[=20]     when the slice is taken away: make it again, install, go on; at most so often, and asking
+                            for capacity once a minute for --minutes=1440 (instead of --tries times)
       --no-follow           come back at once            --env=NAME=VALUE   set for the program, such as LIBTPU_INIT_ARGS
   resume NAME [--run=R]     go on after a preemption: slice, code and command as they were (also --keep-going)
   logs NAME [--run=R]       follow it (--worker=K); --no-follow: the last lines of all workers (--lines=20)
   status NAME               the state of the slice, and of the runs on each worker
-  stop NAME [--run=R]       tell the run to save and leave
+  stop NAME [--run=R]       tell the run to save and leave; --now: if it cannot save, tell it again, and it leaves at once
   fetch NAME --to=DIR       the logs of all workers, the first one's workdir, and the run's bucket
   delete NAME [--yes]       delete the slice, if this script and this owner made it
   list                      what this script made in the zone, and still costs or holds quota
@@ -53,19 +57,21 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 command=${1:-} name='' zone=${CLOUDSDK_COMPUTE_ZONE:-} project=${CLOUDSDK_CORE_PROJECT:-} owner=${USER:-$(id -un)} dry=''
 type='' tier='' queued='' slices=1 minutes=1440 tries=5 looks=10 runtime='' network=() where=() reach=()
-commit='' repo='' ship='' extras=tpu,gcs,wan run=main keep='' follow=yes environment=() worker=0 workers=all lines=20 to='' yes='' flags=()
+commit='' repo='' ship='' extras=tpu,gcs,wan setup='' run=main keep='' follow=yes environment=() worker=0 workers=all lines=20 to='' now='' yes='' flags=()
 said='' facts='' kind=none state='' found_type='' made_by='' owned_by='' nodes=() health='' because='' states='' outcome=''
+# Without these ssh waits for minutes to connect, and for ever on a worker that is gone.
+ssh=(compute tpus tpu-vm ssh '--ssh-flag=-o ConnectTimeout=20' '--ssh-flag=-o ServerAliveInterval=15')
 address='^https://[A-Za-z0-9.-]+/[A-Za-z0-9._/~+-]+$'
 
 # The options of each command besides those of all.
 declare -A options=(
   [create]='type spot reserved queued slices minutes tries runtime network subnetwork service-account internal-ips'
-  [install]='commit repo ship extras tries queued slices'
+  [install]='commit repo ship extras setup tries queued slices'
   [run]='run keep-going no-follow env tries minutes queued slices'
   [resume]='run keep-going no-follow tries minutes'
   [logs]='run worker lines no-follow tries queued slices'
   [status]='tries queued slices'
-  [stop]='run tries queued slices'
+  [stop]='run now tries queued slices'
   [fetch]='run to tries queued slices'
   [delete]='yes tries queued slices'
   [list]=''
@@ -80,7 +86,7 @@ read_option() {
     *) die "$command has no option --$key; see launch/gcp_tpu.sh --help." 2 ;;
   esac
   case $key in
-    spot | reserved | queued | ship | no-follow | yes | dry-run | internal-ip | internal-ips)
+    spot | reserved | queued | ship | no-follow | now | yes | dry-run | internal-ip | internal-ips)
       [[ $1 == "--$key" ]] || die "--$key takes no value." 2
       ;;
   esac
@@ -92,6 +98,7 @@ read_option() {
     queued) queued=yes ;;
     ship) ship=yes ;;
     no-follow) follow='' ;;
+    now) now=now ;;
     yes) yes=yes ;;
     dry-run) dry=yes ;;
     keep-going) keep=${value:-20} ;;
@@ -134,17 +141,20 @@ check_arguments() {
 
 check_words() {
   local word where_to='put it into a file on the workers: arguments are seen by others and kept in logs.'
+  local names='(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL)'
+  local set="${names}[A-Z0-9_]*=[\"']?[^\"'\$ ]"
   for word in "${network[@]}"; do
     demand 'the option' "$word" '^--(internal-ips|[a-z-]+=[A-Za-z0-9@._/-]+)$' 'a network or an account'
   done
   for word in "${environment[@]}"; do
     [[ $word =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || die '--env is not of the form --env=NAME=VALUE.' 2
-    [[ ! ${word%%=*} =~ (TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL) ]] \
+    [[ ! ${word%%=*} =~ $names ]] \
       || die "--env=${word%%=*}=… looks like a secret; $where_to" 2
   done
-  for word in "${flags[@]}" "${environment[@]}"; do
+  [[ ! $setup =~ $set ]] || die "--setup sets what looks like a secret; $where_to" 2
+  for word in "${flags[@]}" "${environment[@]}" "$setup"; do
     [[ ! $word =~ (gh[opsu]_[A-Za-z0-9]{20}|github_pat_|hf_[A-Za-z0-9]{20}|AIza[A-Za-z0-9_-]{30}|ya29\.|-----BEGIN|://[^/@ ]+:[^/@ ]+@) ]] \
-      || die "an argument of the program holds what looks like a secret; $where_to" 2
+      || die "an argument of the program, or --setup, holds what looks like a secret; $where_to" 2
   done
 }
 
@@ -165,7 +175,7 @@ recall() {
     create)
       type=${values[0]} tier=${values[1]} queued=${values[2]} slices=${values[3]} runtime=${values[4]} network=("${values[@]:5}")
       ;;
-    install) commit=${values[0]} repo=${values[1]} ship=${values[2]} extras=${values[3]} ;;
+    install) commit=${values[0]} repo=${values[1]} ship=${values[2]} extras=${values[3]} setup=${values[4]:-} ;;
     *) flags=("${values[@]}") ;;
   esac
 }
@@ -230,7 +240,7 @@ stop() {
   local node
   ready
   for node in "${nodes[@]}"; do
-    on_workers "$node" "$(quote bash salt_jax_code/current/launch/tpu_worker.sh stop "$run")" \
+    on_workers "$node" "$(quote bash salt_jax_code/current/launch/tpu_worker.sh stop "$run" ${now:+"$now"})" \
       || die "run $run may not have stopped on $node (above)."
   done
 }

@@ -4,13 +4,15 @@ set -euo pipefail
 
 usage() {
   cat <<'HELP'
-usage: launch/tpu_worker.sh install EXTRAS           an environment with these extras, in .venv beside this code
+usage: launch/tpu_worker.sh install EXTRAS [SETUP]   an environment with these extras, in .venv beside this code; then
+                                                    SETUP, a command of bash, whether or not that was there already
        launch/tpu_worker.sh start RUN TOKEN [NAME=VALUE ...] -- FLAG ...
                                                     python -m salt_jax.main FLAG ..., detached from the terminal
        launch/tpu_worker.sh state [RUN]              absent, running, exit N, stopped, or lost (the machine restarted)
-       launch/tpu_worker.sh follow RUN BYTES         the log behind its first BYTES, until the run ends
+       launch/tpu_worker.sh follow RUN BYTES [MARK]  the log behind its first BYTES, until the run ends; before it, with
+                                                    MARK, a line of the character 036, MARK and BYTES
        launch/tpu_worker.sh tail RUN LINES           its last lines
-       launch/tpu_worker.sh stop RUN                 SIGTERM: the run saves and leaves
+       launch/tpu_worker.sh stop RUN [now]           SIGTERM, once: the run saves and leaves; with now once more: it leaves at once
 
 A run keeps log, exit_code and the command in ~/salt_jax_runs/RUN, and the logs before it as log.TOKEN.
 HELP
@@ -57,6 +59,10 @@ install() {
     printf '%s\n' "$1" > .venv/ready
     say "installed: ${here##*/}"
   fi
+  if [[ -n ${2:-} ]]; then
+    say "setup: $2"
+    bash -c "$2"
+  fi
   ln -sfn "${here##*/}" "${here%/*}/current"
 }
 
@@ -100,7 +106,7 @@ start() {
   if [[ -e $place/log ]]; then
     mv "$place/log" "$place/log.$(cat "$place/token")"
   fi
-  rm -f "$place/exit_code" "$place/pid" "$place/stopped"
+  rm -f "$place/exit_code" "$place/pid" "$place/python_pid" "$place/stopped"
   printf '%s\n' "$token" > "$place/token"
   printf '%s\n' "$boot" > "$place/boot"
   printf '%q ' "$@" > "$place/command"
@@ -135,6 +141,9 @@ follow() {
     say "there is no run $1 here" >&2
     return 4
   fi
+  if [[ -n ${3:-} ]]; then
+    printf '\036%s %s\n' "$3" "$2"
+  fi
   local wait=${SALT_JAX_TPU_WAIT:-1}
   if [[ $(state "$1") == running ]]; then
     while alive "$$" && [[ $(state "$1") == running ]]; do sleep "$wait"; done &
@@ -160,13 +169,20 @@ states() {
   done
 }
 
+# The program takes a second SIGTERM for "at once, without saving", and this may be repeated where a connection fails.
 stop() {
-  if [[ $(state "$1") == running ]]; then
-    touch "$runs/$1/stopped"
-    kill -TERM "$(< "$runs/$1/python_pid")"
-    say "run $1: told to save and leave"
-  else
+  local place=$runs/$1
+  if [[ $(state "$1") != running ]]; then
     say "run $1: not running ($(state "$1"))"
+  elif [[ -e $place/stopped && ${2:-} != now ]]; then
+    say "run $1: told already; it saves and leaves"
+  else
+    touch "$place/stopped"
+    if ! kill -TERM "$(< "$place/python_pid")"; then
+      rm "$place/stopped"
+      return 1
+    fi
+    say "run $1: told to ${2:+leave }${2:-save and leave}"
   fi
 }
 

@@ -1,6 +1,7 @@
 """launch/gcp_tpu.sh against a stand-in for gcloud: what it refuses, the slice, the code, what reaches the program."""
 
 import pathlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import sys
 
 import pytest
 
+from configs import selfforcing
 from tests.clouds import FLAGS, NASTY, ROOT, Cloud, wait_for
 
 
@@ -156,11 +158,10 @@ def test_a_name_that_is_taken(cloud):
 
 
 def test_a_queue_that_does_not_move_and_one_that_fails(cloud):
-  cloud.set('queue', ['WAITING_FOR_RESOURCES'])
+  cloud.set('queues', [['WAITING_FOR_RESOURCES'], ['ACCEPTED', 'FAILED']])
   text = cloud('create', 'pod', '--type=v6e-8', '--queued', '--minutes=2')
   assert 'WAITING_FOR_RESOURCES still' in text and len(cloud.calls('describe')) <= 14
   assert 'cannot be used now' in cloud('install', 'pod', code=1)
-  cloud.set('queue', ['ACCEPTED', 'FAILED'])
   assert 'FAILED, it did not come to be' in cloud(
     'create', 'bad', '--type=v6e-8', '--queued', code=1
   )
@@ -225,6 +226,9 @@ def test_no_answer_is_not_taken_for_no_slice(cloud):
     (['install', 'pod', '--repo=https://me:secret@example.org/x.git'], 'without user or token'),
     (['install', 'pod', '--commit=HEAD'], 'a whole commit hash'),
     (['install', 'pod', '--extras=tpu;id'], '--extras'),
+    (['install', 'pod', '--setup=A=1 HF_TOKEN=abc ./get'], 'looks like a secret'),
+    (['install', 'pod', '--setup=./get hf_' + 'a' * 30], 'looks like a secret'),
+    (['run', 'pod', '--setup=./get', '--', *FLAGS], 'run has no option --setup'),
     (['run', 'pod'], 'say what to run'),
     (['run', 'pod', '--', '--workdir=/r'], 'say what to run'),
     (['run', 'pod', '--', '--config=c.py', '--workdir=runs/x'], 'an absolute path on the workers'),
@@ -285,6 +289,27 @@ def test_an_old_python_gets_a_new_one_without_root(cloud):
   assert 'installed already' in cloud('install', 'pod')
 
 
+def test_setup_runs_in_the_code_of_every_worker_whenever_it_is_installed(cloud):
+  cloud('create', 'pod', '--type=v6e-8')
+  word = 'it\'s $HOME; "two"  blanks \\ `id` 低\nline *'
+  setup = f'test -e .venv/ready && A_TOKEN=$(id) && printf %s {shlex.quote(word)} >> "the inputs"'
+  for times in (1, 2):
+    cloud('install', 'pod', f'--setup={setup}')
+    for worker in (0, 1):
+      place = cloud.home(worker=worker) / 'salt_jax_code/current'
+      assert (place / 'the inputs').read_text() == word * times
+  assert 'installed already' in cloud('install', 'pod')
+  assert (cloud.home() / 'salt_jax_code/current/the inputs').read_text() == word * 2
+
+
+def test_a_failed_setup_is_named(cloud):
+  cloud('create', 'pod', '--type=v6e-8')
+  text = cloud('install', 'pod', '--setup=[[ $(hostname) == *-0 ]] || exit 7', code=1)
+  assert text.count('gcp_tpu: pod, worker 1 failed with exit code 7') == 1
+  assert 'pod, worker 0' not in text and len(cloud.calls('ssh')) == 1
+  assert 'the code is not there yet' in cloud('run', 'pod', '--', *FLAGS, code=1)
+
+
 @pytest.mark.parametrize(('kind', 'worker'), [('v6e-8', 1), ('v6e-4', 0)])
 def test_a_failed_installation_is_named_and_not_tried_again(cloud, kind, worker):
   cloud('create', 'pod', f'--type={kind}')
@@ -296,6 +321,31 @@ def test_a_failed_installation_is_named_and_not_tried_again(cloud, kind, worker)
     and len(cloud.calls('ssh')) == 2
   )
   assert 'the code is not there yet' in cloud('run', 'pod', '--', *FLAGS, code=1)
+
+
+def test_the_example_of_the_readme(cloud, tmp_path):
+  block = (ROOT / 'README.md').read_text().split('## On a TPU slice')[1].split('```')[1]
+  lines = [shlex.split(line)[1:] for line in block.splitlines() if line.startswith('launch/')]
+  create, install, run, fetch, delete = lines
+  chips = create[2].removeprefix('--type=v5litepod-')
+  assert {'--config=configs/selfforcing.py:nano', f'--config.batch={chips}'} < set(run)
+  for words in (create, install, run):
+    cloud(*words)
+  assert [len(cloud.ran(worker=worker)) for worker in range(4)] == [1] * 4
+  (cloud.state / 'buckets/BUCKET/run').mkdir(parents=True)
+  (cloud.home() / 'tmp/run').mkdir(parents=True)
+  cloud(*fetch[:2], f'--to={tmp_path / fetch[2].removeprefix("--to=")}')
+  cloud(*delete, stdin='pod\n')
+
+
+def test_the_example_on_gke_fits_its_slice_and_names_its_files():
+  text = (ROOT / 'launch/GKE.md').read_text()
+  (kind,) = set(re.findall(r'--tpu-type=(\S+)', text))
+  (config,) = re.findall(r'--config=configs/(\S+)', text)
+  assert f'| {config} | {kind} |' in (ROOT / 'README.md').read_text()
+  files = selfforcing.get_config().weights
+  for name in ('vae', 'text', 'tokenizer', 'teacher', 'init', 'critic'):
+    assert f'{name}=/inputs/{files[name].removesuffix(".safetensors")}' in text
 
 
 def test_scripts_are_clean():

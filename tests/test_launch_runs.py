@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import pathlib
 import signal
 import subprocess
 import threading
@@ -35,7 +36,7 @@ def test_queued_slices_over_two_nodes(cloud):
 def test_refused_connections_start_one_run(cloud):
   cloud.pod()
   cloud.fail('tpu-vm ssh', '[/usr/bin/ssh] exited with return code [255].', code=255)
-  cloud.set('unheard', [1])
+  cloud.set('unheard', ['start'])
   text = cloud('run', 'pod', '--', *FLAGS)
   assert text.count('could not be reached') == 2 and 'started already' in text
   assert [len(cloud.ran(worker=worker)) for worker in (0, 1)] == [1, 1]
@@ -51,6 +52,24 @@ def test_a_dropped_log_goes_on_where_it_was(cloud):
   text = cloud('run', 'pod', '--', *FLAGS)
   assert 'connection dropped; going on behind byte 16' in text
   assert text.count('started 1.pod.0') == 1 and text.count('ended') == 1
+  limits = {'--ssh-flag=-o ConnectTimeout=20', '--ssh-flag=-o ServerAliveInterval=15'}
+  assert all(limits < set(words) for words in cloud.calls('ssh'))
+  assert {words[-1].split()[2] for words in cloud.calls('ssh')[1:]} == {'start', 'follow', 'state'}
+
+
+@pytest.mark.parametrize(
+  'cuts', [['repeat'], ['repeat', 'drop'], ['drop', 'repeat', 'repeat', 'drop']], ids='-'.join
+)
+def test_a_log_that_gcloud_itself_asks_for_again(cloud, cuts):
+  cloud.pod('v4-8')
+  says = '低质量\t \\n 100% \r' + 'x' * 9999 + '\n\n  \x1e1 0\n* half a líne'
+  cloud.set('program', {'1.pod.0': {'until': 'cut', 'says': says}})
+  cloud.set('cut', cuts)
+  text = cloud('run', 'pod', '--', *FLAGS)
+  (record,) = cloud.state.glob('notes/*/*/pod/log.main')
+  log = (cloud.home() / 'salt_jax_runs/main/log').read_bytes()
+  assert record.read_bytes() == log and says.encode() + b'ended\n' in log
+  assert text.count('started 1.pod.0') == text.count('ended\n') == 1
 
 
 @pytest.mark.parametrize('queued', [[], ['--queued']])
@@ -79,11 +98,94 @@ def test_keep_going_makes_the_slice_again(cloud):
   assert len(cloud.calls('create')) == 2 and len(cloud.calls('delete')) == 1
 
 
+def test_a_slice_made_again_is_set_up_again(cloud):
+  cloud('create', 'pod', '--type=v5litepod-8')
+  cloud('install', 'pod', '--setup=echo "$0" weights > weights')
+  cloud.set('program', {f'1.pod.{worker}': {'until': 'never'} for worker in (0, 1)})
+  cloud.set('cut', ['preempted'])
+  cloud('run', 'pod', '--keep-going', '--', *FLAGS)
+  for worker in (0, 1):
+    (record,) = cloud.ran(worker=worker)
+    assert pathlib.Path(record['cwd'], 'weights').read_text() == 'bash weights\n'
+
+
+def test_an_installation_noted_without_a_setup_is_read(cloud):
+  cloud.pod('v4-8')
+  (note,) = cloud.state.glob('notes/*/*/pod/install')
+  note.write_bytes(b''.join(field + b'\0' for field in note.read_bytes().split(b'\0')[:4]))
+  cloud('run', 'pod', '--', *FLAGS)
+  assert 'finished on all workers' in cloud('resume', 'pod')
+
+
 def test_keep_going_when_the_slice_goes_before_the_run_starts(cloud):
   cloud.pod('v4-8')
   cloud.set('cut', ['before start'])
   assert 'was taken away' in cloud('run', 'pod', '--keep-going', '--', *FLAGS)
   assert [record['key'] for record in cloud.ran()] == ['2.pod.0']
+
+
+QUEUED = ['WAITING_FOR_RESOURCES', 'ACTIVE']
+
+
+def preempted(cloud, *options):
+  """A queued slice called pod that is taken away once a run in it is followed."""
+  cloud('create', 'pod', '--type=v4-8', *options)
+  cloud('install', 'pod')
+  cloud.set('program', {'1.pod.0': {'until': 'never'}})
+  cloud.set('cut', ['preempted'])
+
+
+def test_keep_going_when_the_slice_goes_while_it_is_made_again(cloud):
+  cloud.set('queues', [QUEUED, ['ACCEPTED', 'SUSPENDED'], ['ACCEPTED', 'FAILED'], QUEUED])
+  preempted(cloud, '--queued')
+  text = cloud('run', 'pod', '--keep-going=3', '--', *FLAGS)
+  assert 'pod is SUSPENDED: the slice was taken away' in text
+  assert 'could not be reached' not in text
+  assert [record['key'] for record in cloud.ran()] == ['2.pod.0']
+  assert len(cloud.calls('create')) == 4
+
+
+def test_a_slice_that_goes_while_it_is_made_again_costs_a_round(cloud):
+  cloud.set('queues', [QUEUED, *[['ACCEPTED', 'SUSPENDED']] * 3])
+  preempted(cloud, '--queued')
+  text = cloud('run', 'pod', '--keep-going=2', '--', *FLAGS, code=75)
+  assert 'resume pod' in text and len(cloud.calls('create')) == 3
+  assert 'SUSPENDED, it did not come to be' in cloud('resume', 'pod', code=1)
+
+
+def test_keep_going_says_how_when_the_queue_does_not_move(cloud):
+  cloud.set('queues', [QUEUED, ['WAITING_FOR_RESOURCES']])
+  preempted(cloud, '--queued')
+  text = cloud('run', 'pod', '--keep-going', '--minutes=1', '--', *FLAGS, code=75)
+  assert 'WAITING_FOR_RESOURCES still' in text and 'to go on then: launch/gcp_tpu.sh resume' in text
+
+
+FULL = 'There is no more capacity in the zone "us-west4-a"; you can try in another zone'
+
+
+def test_keep_going_waits_for_capacity(cloud):
+  preempted(cloud)
+  cloud.fail('tpu-vm create', FULL, times=7)
+  text = cloud('run', 'pod', '--keep-going', '--', *FLAGS)
+  assert 'no capacity for v4-8 in us-west4-a (try 7 of 1441, one a minute)' in text
+  assert [record['key'] for record in cloud.ran()] == ['2.pod.0']
+
+
+def test_keep_going_waits_for_capacity_not_for_ever(cloud):
+  preempted(cloud)
+  cloud.fail('tpu-vm create', FULL, times=99)
+  text = cloud('run', 'pod', '--keep-going', '--minutes=6', '--', *FLAGS, code=8)
+  assert 'no capacity for v4-8 for 6 minutes' in text and 'gcp_tpu.sh resume pod' in text
+  assert len(cloud.calls('create')) == 1 + 7
+  assert 'has no capacity for v4-8 now' in cloud('resume', 'pod', '--tries=2', code=8)
+  assert len(cloud.calls('create')) == 1 + 7 + 2
+
+
+def test_keep_going_ends_where_waiting_does_not_help(cloud):
+  preempted(cloud)
+  cloud.fail('tpu-vm create', 'RESOURCE_EXHAUSTED: Quota limit TPUV4 has been exceeded.', times=9)
+  assert 'quota does not allow' in cloud('run', 'pod', '--keep-going', '--', *FLAGS, code=8)
+  assert len(cloud.calls('create')) == 2
 
 
 def test_keep_going_waits_for_a_slice_in_repair(cloud):
@@ -139,12 +241,20 @@ def test_resume_deletes_no_slice_of_others(cloud):
   assert not cloud.calls('delete')
 
 
-def test_the_worker_that_failed_is_named(cloud):
+@pytest.mark.parametrize('lost', [69, 134])
+def test_the_worker_that_failed_is_named(cloud, lost):
   cloud.pod()
-  cloud.set('program', {'1.pod.0': {'code': 69}, '1.pod.1': {'code': 3}})
+  cloud.set('program', {'1.pod.0': {'code': lost}, '1.pod.1': {'code': 3}})
   text = cloud('run', 'pod', '--keep-going', '--', *FLAGS, code=3)
-  assert 'pod, worker 1: exit code 3' in text and 'pod, worker 0: exit code 69' in text
+  assert 'pod, worker 1: exit code 3' in text and f'pod, worker 0: exit code {lost}' in text
   assert len(cloud.ran()) == 1 and not cloud.calls('delete')
+
+
+def test_a_host_that_jax_ended_as_another_was_lost_goes_on(cloud):
+  cloud.pod()
+  cloud.set('program', {'1.pod.0': {'code': 134}, '1.pod.1': {'code': 134}})
+  text = cloud('run', 'pod', '--keep-going=1', '--', *FLAGS, code=75)
+  assert 'run main failed' not in text and len(cloud.ran()) == 2 and len(cloud.calls('create')) == 1
 
 
 def test_a_run_told_to_leave_goes_on_in_the_same_slice(cloud):
@@ -166,6 +276,35 @@ def test_a_run_told_to_leave_goes_on_in_the_same_slice(cloud):
   text = cloud('logs', 'pod', '--no-follow', '--lines=1')
   assert '[worker 0] ended' in text and '[worker 1] ended' in text
   assert list((cloud.home() / 'salt_jax_runs/main').glob('log.*'))
+
+
+def test_a_repeated_stop_lets_the_run_save(cloud):
+  cloud.pod()
+  plan = {'until': 'never', 'saves': 'disk'}
+  cloud.set('program', {'1.pod.0': plan, '1.pod.1': plan})
+  cloud('run', 'pod', '--no-follow', '--', *FLAGS)
+  logs = [cloud.home(worker=worker) / 'salt_jax_runs/main/log' for worker in (0, 1)]
+  wait_for(lambda: all('started' in log.read_text() for log in logs))
+  cloud.set('unheard', ['stop'])
+  text = cloud('stop', 'pod')
+  for worker in (0, 1):
+    assert f'[worker {worker}] run main: told already; it saves and leaves' in text
+  (cloud.state / 'disk').touch()
+  assert 'was stopped' in cloud('logs', 'pod', code=75)
+  assert all('saving\nsaved\n' in log.read_text() for log in logs)
+
+
+def test_stop_now_ends_a_run_that_cannot_save(cloud):
+  cloud.pod('v4-8')
+  cloud.set('program', {'1.pod.0': {'until': 'never', 'saves': 'never'}})
+  cloud('run', 'pod', '--no-follow', '--', *FLAGS)
+  log = cloud.home() / 'salt_jax_runs/main/log'
+  wait_for(lambda: 'started' in log.read_text())
+  cloud('stop', 'pod')
+  wait_for(lambda: 'saving' in log.read_text())
+  assert 'told to leave now' in cloud('stop', 'pod', '--now')
+  assert 'was stopped' in cloud('logs', 'pod', code=75)
+  assert log.with_name('exit_code').read_text() == '143\n'
 
 
 @pytest.fixture

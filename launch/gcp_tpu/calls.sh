@@ -150,7 +150,7 @@ on_workers() {
   local node=$1 try code failed='^\[worker [^]]*\] failed|^##### Command execution on worker|terminal state'
   for ((try = 1; try <= tries; try++)); do
     code=0
-    act compute tpus tpu-vm ssh "$node" "${where[@]}" "${reach[@]}" "--worker=$workers" "--command=$2" || code=$?
+    act "${ssh[@]}" "$node" "${where[@]}" "${reach[@]}" "--worker=$workers" "--command=$2" || code=$?
     [[ $code -ne 0 ]] || return 0
     # ssh ends with 255 and gcloud with 1 where they fail themselves.
     if [[ $code -ne 1 && $code -ne 255 ]] || grep -qE "$failed" <<< "$said"; then
@@ -188,7 +188,7 @@ read_states() {
   question=$(quote bash salt_jax_code/current/launch/tpu_worker.sh state "$run")
   states=''
   for node in "${nodes[@]}"; do
-    if ! answer=$(gcloud compute tpus tpu-vm ssh "$node" "${where[@]}" "${reach[@]}" --worker=all "--command=$question" \
+    if ! answer=$(gcloud "${ssh[@]}" "$node" "${where[@]}" "${reach[@]}" --worker=all "--command=$question" \
       < /dev/null 2> "$tmp/error"); then
       states=''
       return 0
@@ -197,14 +197,31 @@ read_states() {
   done
 }
 
+# Passes on the log behind its first $2 bytes, without what it passed on before: gcloud repeats a dropped command by itself,
+# and each time the worker says, behind the mark $1, from which byte on the log comes, maybe in the midst of a line.
+sift() {
+  local LC_ALL=C mark=$'\036'"$1 " have=$2 skip=0 line end=$'\n'
+  while IFS= read -r line || { end='' && [[ -n $line ]]; }; do
+    line+=$end
+    if [[ $line =~ "$mark"([0-9]+)$'\n'$ ]]; then
+      skip=$((have - BASH_REMATCH[1]))
+    elif ((skip >= ${#line})); then
+      skip=$((skip - ${#line}))
+    else
+      printf %s "${line:skip}"
+      have=$((have + ${#line} - skip)) skip=0
+    fi
+  done
+}
+
 # Follows one worker's log until the run ends there or the slice is gone; a dropped connection goes on where it was.
 follow_log() {
-  local node=${nodes[0]} drops=0 before=0
+  local node=${nodes[0]} drops=0 before=0 mark=$$-$RANDOM$RANDOM
   : > "$tmp/stream"
   while :; do
-    if gcloud compute tpus tpu-vm ssh "$node" "${where[@]}" "${reach[@]}" "--worker=$worker" "--command=$(quote bash \
-      salt_jax_code/current/launch/tpu_worker.sh follow "$run" "$before")" < /dev/null 2> "$tmp/error" \
-      | tee -a "$tmp/stream" "$record/log.$run"; then
+    if gcloud "${ssh[@]}" "$node" "${where[@]}" "${reach[@]}" "--worker=$worker" "--command=$(quote bash \
+      salt_jax_code/current/launch/tpu_worker.sh follow "$run" "$before" "$mark")" < /dev/null 2> "$tmp/error" \
+      | sift "$mark" "$before" | tee -a "$tmp/stream" "$record/log.$run"; then
       return 0
     fi
     examine

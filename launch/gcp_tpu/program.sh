@@ -27,7 +27,7 @@ choose_code() {
 
 # The code and its environment on all workers; can be done again at any time.
 install() {
-  local node bring place=salt_jax_code/$commit pack=salt_jax-$commit.tar.gz
+  local node bring place=salt_jax_code/$commit pack=salt_jax-$commit.tar.gz words=("$extras" ${setup:+"$setup"})
   bring="git clone --quiet $(quote "$repo") $place.part && git -C $place.part checkout --quiet --detach $commit"
   if [[ -n $ship ]]; then
     bring="mkdir $place.part && tar -xzf $pack -C $place.part"
@@ -39,14 +39,14 @@ install() {
       return 1
     fi
     if ! on_workers "$node" "{ test -d $place || { mkdir -p salt_jax_code && rm -rf $place.part && $bring && mv $place.part $place; } && \
-bash $place/launch/tpu_worker.sh install $extras; } || { code=\$?; name=\$(hostname); \
+bash $place/launch/tpu_worker.sh install $(quote "${words[@]}"); } || { code=\$?; name=\$(hostname); \
 echo \"[worker \${name##*-w-}] failed with exit code \$code\"; exit \$code; }"; then
       say "the code was not installed on all workers of $node (above)."
       return 1
     fi
   done
   rm -f "$record/$pack"
-  note install "$commit" "$repo" "$ship" "$extras"
+  note install "$commit" "$repo" "$ship" "$extras" "$setup"
 }
 
 pack_code() {
@@ -104,8 +104,12 @@ renew() {
     [[ $kind == none ]] || remove
     make
   fi
-  [[ -n $dry ]] || await
+  [[ -n $dry ]] || await || return 1
   install
+}
+
+resumption() {
+  quote launch/gcp_tpu.sh resume "$name" "${where[@]}" "--run=$run"
 }
 
 # Starts, follows and concludes: once, or again and again with --keep-going. `cycle yes` looks after slice and code first.
@@ -124,7 +128,7 @@ cycle() {
     fi
     fresh=yes
   done
-  say "to go on from the newest checkpoint: $(quote launch/gcp_tpu.sh resume "$name" "${where[@]}" "--run=$run")"
+  say "to go on from the newest checkpoint: $(resumption)"
   exit 75
 }
 
@@ -136,8 +140,8 @@ conclude() {
     outcome=gone
     [[ $health != gone ]] || return 0
     [[ $health == waiting ]] || read_states
-    bad=$(grep -vE ' (exit (0|69|75|143)|running|lost|stopped)$' <<< "$states" | grep . || true)
-    left=$(grep -E ' (exit (69|75|143)|lost)$' <<< "$states" || true)
+    bad=$(grep -vE ' (exit (0|69|75|134|143)|running|lost|stopped)$' <<< "$states" | grep . || true)
+    left=$(grep -E ' (exit (69|75|134|143)|lost)$' <<< "$states" || true)
     if [[ $health == waiting ]]; then
       outcome=left
     elif [[ -z $states ]]; then
@@ -183,7 +187,7 @@ blame() {
   while read -r node worker end code; do
     case $end$code in
       exit0) continue ;;
-      running | exit69 | exit75 | exit143) ;;
+      running | exit69 | exit75 | exit134 | exit143) ;;
       *) first=${first:-${code:-1}} ;;
     esac
     say "$node, worker $worker: ${end/exit/exit code}${code:+ $code}"

@@ -34,7 +34,7 @@ create() {
 }
 
 make() {
-  local try words=("$name" "${where[@]}" "--accelerator-type=$type" "--labels=created-by=salt-jax,owner=$owner" "${network[@]}")
+  local try most=$tries words=("$name" "${where[@]}" "--accelerator-type=$type" "--labels=created-by=salt-jax,owner=$owner" "${network[@]}")
   [[ -z $tier ]] || words+=("$tier")
   if [[ -z $queued ]]; then
     words=(tpu-vm create "${words[@]}" "--version=$runtime")
@@ -43,14 +43,16 @@ make() {
   else
     words=(queued-resources create "${words[@]}" "--runtime-version=$runtime" "--node-id=$name")
   fi
-  for ((try = 1; try <= tries; try++)); do
+  [[ -z $keep ]] || most=$((minutes + 1))
+  for ((try = 1; try <= most; try++)); do
     if act compute tpus "${words[@]}"; then
       return 0
     fi
     explain_refusal
-    say "no capacity for $type in $zone (try $try of $tries)."
-    [[ $try -eq $tries ]] || pause 60
+    say "no capacity for $type in $zone (try $try of $most${keep:+, one a minute})."
+    [[ $try -eq $most ]] || pause 60
   done
+  [[ -z $keep ]] || die "$zone has had no capacity for $type for $minutes minutes; to go on later: $(resumption)" 8
   die "$zone has no capacity for $type now; try --queued, --spot or another zone. Nothing was created." 8
 }
 
@@ -65,19 +67,23 @@ explain_refusal() {
   esac
 }
 
-# Until the slice can be used; leaves where it still queues after --minutes.
+# Until the slice can be used; leaves where it still queues after --minutes, and with --keep-going returns 1 where it is gone.
 await() {
   local polls=$((minutes * 2)) before=''
   while :; do
     examine
     case $health in
       ready) return 0 ;;
-      gone) die "$because, it did not come to be. Nothing was deleted; \`delete\` removes what is left." ;;
+      gone)
+        [[ -z $keep ]] || return 1
+        die "$because, it did not come to be. Nothing was deleted; \`delete\` removes what is left."
+        ;;
     esac
     [[ $before == "$because" ]] || say "$because."
     before=$because
     if ((polls-- <= 0)); then
       say "$because still; \`status\` says when it is ready. It stays in the queue until you delete it."
+      [[ -z $keep ]] || say "to go on then: $(resumption)"
       [[ $command == create ]] || exit 75
       exit 0
     fi

@@ -24,7 +24,7 @@ FLAGS = {
   'tpu-vm describe': WIDE,
   'tpu-vm delete': WIDE + ' async',
   'tpu-vm list': WIDE + ' filter',
-  'tpu-vm ssh': WIDE + ' worker command internal-ip',
+  'tpu-vm ssh': WIDE + ' worker command internal-ip ssh-flag',
   'tpu-vm scp': WIDE + ' worker recurse internal-ip compress',
   'queued-resources create': CREATE
   + ' runtime-version node-id node-count node-prefix valid-until-duration',
@@ -197,7 +197,11 @@ def create_queued(names, flags, world):
     members = [f'{flags["node-prefix"]}-{number}' for number in range(int(flags['node-count']))]
   else:
     spec['nodeId'], members = flags['node-id'], [flags['node-id']]
-  states = load('queue.json', ['ACCEPTED', 'WAITING_FOR_RESOURCES', 'PROVISIONING', 'ACTIVE'])
+  queues = load('queues.json', [])
+  states = ['ACCEPTED', 'WAITING_FOR_RESOURCES', 'PROVISIONING', 'ACTIVE']
+  if queues:
+    states = queues.pop(0)
+    save('queues.json', queues)
   world['queued'][names[0]] = {
     'state': {'state': states[0]},
     'tpu': {'nodeSpec': [spec]},
@@ -287,15 +291,21 @@ def ssh(names, flags, world):
   value = usable(names[0], world)
   workers = chosen(value, flags)
   cut = load('cut.json', [])
-  unheard = load('unheard.json', []) if ' start ' in flags['command'] else []
+  unheard = load('unheard.json', [])
+  if not (unheard and f' {unheard[0]} ' in flags['command']):
+    unheard = []
   if cut[:1] == ['before start'] and ' start ' in flags['command']:
     return interrupt(None, cut, names[0], world)
   codes = []
   for worker in workers:
     print(f'SSH: Attempting to connect to worker {worker}...', file=sys.stderr)
     process = on_worker(names[0], worker, value['generation'], flags['command'], bool(unheard))
-    if cut and ' follow ' in flags['command']:
-      return interrupt(process, cut, names[0], world)
+    while cut and ' follow ' in flags['command']:
+      repeats = cut[0] == 'repeat'
+      code = interrupt(process, cut, names[0], world)
+      if not repeats:
+        return code
+      process = on_worker(names[0], worker, value['generation'], flags['command'], False)
     codes.append(process.wait())
     if codes[-1] and len(workers) > 1:
       print(
@@ -311,7 +321,8 @@ def ssh(names, flags, world):
 
 
 def interrupt(process, cut, name, world):
-  """Cuts the connection while a log is followed: by the network ("drop"), a "repair", or with the whole slice."""
+  """Cuts the connection while a log is followed: by the network ("drop", or "repeat" where gcloud itself
+  tries again), a "repair", or with the whole slice. After the last cut it lets the program go on."""
   import signal
   import time
 
@@ -325,13 +336,14 @@ def interrupt(process, cut, name, world):
   time.sleep(0.1)
   if process:
     os.killpg(process.pid, signal.SIGKILL)
-  (STATE / 'cut').touch()
   what = cut.pop(0)
   save('cut.json', cut)
+  if not cut:
+    (STATE / 'cut').touch()
   if what == 'repair':
     power_off(log)
     world['nodes'][name].update(state='REPAIRING', next=['REPAIRING'] * 30 + ['READY'])
-  elif what != 'drop':
+  elif what not in ('drop', 'repeat'):
     take_away(world['nodes'], name, 'PREEMPTED')
     for value in world['queued'].values():
       if name in value['members']:

@@ -1,7 +1,8 @@
 """Stands in for the Python of a TPU VM in the tests of launch/gcp_tpu.sh.
 
 It makes environments that hold itself, writes the arguments of salt_jax.main down, and ends as program.json says of
-this life of this worker: {"1.NODE.0": {"code": 0, "until": FILE}}.
+this life of this worker: {"1.NODE.0": {"code": 0, "until": FILE, "says": TEXT, "saves": FILE}}. SIGTERM
+ends it once the last file is there, and a second one at once.
 """
 
 import json
@@ -25,13 +26,22 @@ def run(arguments):
     file.write(json.dumps(record) + '\n')
   path = pathlib.Path(os.environ['STANDIN_PROGRAM'])
   plan = (json.loads(path.read_text()) if path.exists() else {}).get(os.environ['STANDIN_KEY'], {})
-  signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), os._exit(75)))
-  print(f'started {os.environ["STANDIN_KEY"]}', flush=True)
-  deadline = time.monotonic() + 30
-  while (
-    'until' in plan and not path.with_name(plan['until']).exists() and time.monotonic() < deadline
-  ):
-    time.sleep(0.02)
+
+  def wait(key):
+    deadline = time.monotonic() + 30
+    while key in plan and not path.with_name(plan[key]).exists() and time.monotonic() < deadline:
+      time.sleep(0.02)
+
+  def leave(*_):
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
+    print('saving', flush=True)
+    wait('saves')
+    print('saved', flush=True)
+    os._exit(75)
+
+  signal.signal(signal.SIGTERM, leave)
+  print(f'started {os.environ["STANDIN_KEY"]}\n{plan.get("says", "")}', end='', flush=True)
+  wait('until')
   print('ended', flush=True)
   sys.exit(plan.get('code', 0))
 
