@@ -159,7 +159,7 @@ def parse(name: str) -> Slice:
 def _near(name: str, known: list[str]) -> list[str]:
   generation, _, size = name.partition('-')
   same = [k for k in known if k.startswith(generation + '-')]
-  if same and size.isdigit():
+  if same and size.isdecimal():
     return sorted(same, key=lambda k: abs(math.log(int(k.split('-')[1]) / max(int(size), 1))))[:3]
   return same or difflib.get_close_matches(name, known, n=3, cutoff=0)
 

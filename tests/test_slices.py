@@ -62,6 +62,7 @@ def test_a_host_by_itself_has_its_devices_numbered_from_0(name, host, devices):
     ('v6e-9', 'v6e-8, v6e-16, v6e-4'),
     ('tpu7x', 'tpu7x-8, tpu7x-16, tpu7x-32'),
     ('0xv5e-8', 'v5e-8, v5e-4, v5e-16'),
+    ('v5p-²', 'v5p-8'),
     ('h100-8', ''),
     ('', ''),
   ],
