@@ -56,8 +56,8 @@ def test_steps_that_are_none_are_refused(text):
     profiling.parse(text, 9)
 
 
-def test_steps_behind_which_a_run_goes_on_are_refused():
-  profiling.check_ahead(profiling.parse(None, 9), 5)
-  profiling.check_ahead(profiling.parse('6:9', 9), 5)
-  with pytest.raises(InputError, match='the run goes on behind step 5; choose from step 6 on'):
-    profiling.check_ahead(profiling.parse('5:9', 9), 5)
+@pytest.mark.parametrize('start, left', [(0, True), (4, True), (5, False), (9, False)])
+def test_steps_that_a_run_has_begun_are_not_begun_again(start, left):
+  steps = profiling.parse('5:9', 9)
+  assert profiling.ahead(steps, start) == (steps if left else profiling.Steps())
+  assert profiling.ahead(profiling.Steps(), start) == profiling.Steps()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from salt_jax import profiling, programs, sharding, stages, train
+from salt_jax import programs, sharding, stages, train
 from salt_jax.store import Store
 from tests import tiny_config
 from tests.processes import devices_of
@@ -248,13 +248,6 @@ def test_a_run_that_is_started_again_goes_on_without_the_profile_it_has(finished
   assert train.run(tiny_config.get_config(weights), finished[0], profile='3:4') == {}
   assert sorted(pathlib.Path(finished[0], 'profile').rglob('*.xplane.pb')) == before
   assert '--profile=3:4 begins before step 6, behind which the run goes on' in caplog.text
-
-
-@pytest.mark.parametrize('start, left', [(0, True), (2, True), (3, False), (5, False)])
-def test_a_profile_that_a_run_has_begun_with_is_not_begun_again(start, left):
-  steps = profiling.Steps(3, 5)
-  assert profiling.ahead(steps, start) == (steps if left else profiling.Steps())
-  assert profiling.ahead(profiling.Steps(), start) == profiling.Steps()
 
 
 def test_timing_is_logged_and_the_first_step_apart(finished):
