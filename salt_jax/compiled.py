@@ -39,9 +39,9 @@ def keep(folder: str | None, home: str) -> str | None:
   jax.config.update('jax_enable_compilation_cache', folder != OFF)
   if folder == OFF:
     return None
-  if folder:
-    _check_writable(folder)
   where = os.path.expanduser(folder or os.path.join(home, _NAME))
+  if folder:
+    _check_writable(where)
   jax.config.update('jax_compilation_cache_dir', where)
   # Small programs are compiled sooner than a bucket takes them.
   jax.config.update('jax_persistent_cache_min_compile_time_secs', int(is_bucket(where)))

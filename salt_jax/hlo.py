@@ -79,12 +79,11 @@ def collectives(text: str, loops: float = 1.0) -> list[Collective]:
   for where, one, times in executed(text, loops):
     made, chain = _collective(where, one, times), _CHAIN.search(one.rest)
     if made is not None and chain:
-      # A link may stand in a loop, begin and end of the chain do not.
-      known = chains.setdefault(chain.groups(), made)
-      chains[chain.groups()] = min(known, made, key=lambda one: one.times)
+      chains.setdefault(chain.groups(), []).append(made)
     elif made is not None:
       found.append(made)
-  return [*found, *chains.values()]
+  # A link may stand in a loop, begin and end of the chain do not.
+  return found + [min(links, key=lambda one: one.times) for links in chains.values()]
 
 
 def executed(text: str, loops: float = 1.0) -> Iterator[tuple[str, Instruction, float]]:

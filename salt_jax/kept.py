@@ -34,14 +34,18 @@ class Reports:
       raise InputError(f'{path} is no kept report ({error!r}): delete it.') from error
 
   def keep(self, key: str, found: dict) -> None:
-    path = self._path(key)
-    scratch = f'{path}.{os.getpid()}'
-    with open(scratch, 'w', encoding='utf-8') as file:
-      json.dump(found, file, indent=1)
-    os.replace(scratch, path)
+    write(self._path(key), found)
 
   def _path(self, key: str) -> str:
     return os.path.join(self._folder, f'{key}.json')
+
+
+def write(path: str, found: dict) -> None:
+  """Writes JSON, the whole or nothing."""
+  scratch = f'{path}.{os.getpid()}'
+  with open(scratch, 'w', encoding='utf-8') as file:
+    json.dump(found, file, indent=1)
+  os.replace(scratch, path)
 
 
 def versions() -> dict[str, str]:

@@ -251,20 +251,13 @@ def check_json(path: str) -> None:
   """Refuses a file that the figures could not go into, before anything is compiled.
 
   Raises:
-    InputError: a folder that is missing, a folder instead of a file, or a file of something else.
+    InputError: nothing can be written there, or there is a folder, or a file of something else.
   """
   cli.check_folder('json', os.path.dirname(path))
   if os.path.isdir(path):
     raise InputError(f'--json={path} is a folder: name a file in it.')
   if os.path.isfile(path):
     _read(path)
-
-
-def _write(path: str, found: dict) -> None:
-  scratch = f'{path}.part'
-  with open(scratch, 'w', encoding='utf-8') as file:
-    json.dump(found, file, indent=1)
-  os.replace(scratch, path)
 
 
 def merged(path: str, new: dict) -> dict:
@@ -387,7 +380,7 @@ def program() -> None:
   print(written(config, slice_, made))
   if args.json:
     found = merged(args.json, {'command': _experiment()} | record(config, slice_, made, failed))
-    _write(args.json, found)
+    kept.write(args.json, found)
   if not made[-1].fits:
     sys.exit(1)
 

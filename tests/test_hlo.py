@@ -86,6 +86,20 @@ def test_a_gather_that_goes_on_behind_other_work_counts_once():
   assert found['all-gather']['bytes'] == 3 * LAYERS * 1024 * 1024 * 2
 
 
+def test_links_of_a_chain_in_a_loop_are_that_one_gather(monkeypatch):
+  """As in the two chains here, of which one passes through a loop of four; what has no chain counts each time."""
+
+  def gather(channel, chain, times):
+    rest = f'%a), channel_id={channel}, replica_groups={{{{0,1}}}}, chain_id={chain}'
+    return 'fusion', hlo.Instruction('a', 'f32[8]', 'all-gather', rest), times
+
+  links = [gather(1, '"0"', n) for n in (6, 24, 6)] + [gather(2, '"0"', 3), gather(2, '"0"', 3)]
+  monkeypatch.setattr(
+    hlo, 'executed', lambda *_: [*links, gather(3, 'none', 5), gather(3, 'none', 5)]
+  )
+  assert sorted(one.times for one in hlo.collectives('')) == [3, 5, 5, 6]
+
+
 def test_a_loop_of_unknown_length_counts_as_often_as_is_said():
   mesh = over('v5p-8')
   shapes = (((64, WIDTH), jnp.bfloat16), ((LAYERS, WIDTH, WIDTH), jnp.bfloat16), ((), jnp.int32))

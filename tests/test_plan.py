@@ -292,6 +292,14 @@ def test_the_smallest_slice_is_found_and_written_down(folder, tmp_path, monkeypa
     plan.table(str(tmp_path))
 
 
+def test_figures_are_written_whole_or_not_at_all(tmp_path):
+  path = tmp_path / 'one.json'
+  kept.write(str(path), {'a': 1})
+  with pytest.raises(TypeError):
+    kept.write(str(path), {'a': 2, 'b': object()})
+  assert json.loads(path.read_text()) == {'a': 1}
+
+
 def test_where_the_figures_cannot_go_is_said_before_anything_is_compiled(
   programs, monkeypatch, capsys, tmp_path
 ):

@@ -168,7 +168,7 @@ def test_programs_are_kept_from_the_first_start_on(tmp_path):
   assert second.startswith('tiny_step: traced, and read from the compile cache, in')
 
 
-def test_programs_lie_where_the_checkpoints_do(monkeypatch):
+def test_programs_lie_where_the_checkpoints_do(monkeypatch, tmp_path):
   """In a bucket all hosts read what the first one wrote; small programs are compiled sooner than they are fetched."""
   config = jax.config
   names = ('jax_compilation_cache_dir', 'jax_enable_compilation_cache')
@@ -181,6 +181,9 @@ def test_programs_lie_where_the_checkpoints_do(monkeypatch):
     config.update('jax_compilation_cache_dir', None)
     monkeypatch.setenv('HOME', '/nowhere')
     assert compiled.keep(None, '~/run') == '/nowhere/run/compile_cache'
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert compiled.keep('~/kept', '~/run') == str(tmp_path / 'kept')
+    assert (tmp_path / 'kept').is_dir(), 'the folder of that name was made elsewhere'
     assert config.jax_persistent_cache_min_compile_time_secs == 0
   finally:
     for name, value in before.items():
