@@ -4,8 +4,6 @@ A batch has one shape, so of each picture the middle is taken, in the config's: 
 resized as torch does it. When sampling nothing is cut, and the video takes the picture's shape (`loading.fitted`).
 """
 
-import concurrent.futures
-import hashlib
 import itertools
 from collections.abc import Sequence
 
@@ -14,76 +12,10 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 
-from salt_jax import data, hosts, images, precompute, prompts, tokens, video, weights
-from salt_jax.errors import InputError
+from salt_jax import captioned, data, hosts, images, precompute, tokens, video, weights
 from salt_jax.models.text import pad
 from salt_jax.recipe import Recipe
-from salt_jax.store import Field, fill, owed, sha256
-
-
-def _pictures(path: str, count: int) -> list[tuple[str, ...]]:
-  """The picture of each prompt of a file, or first and last.
-
-  Raises:
-    InputError: a prompt without, or whose picture is no name of a file.
-  """
-  names = ('image', 'last_image')[:count]
-  pictures = [tuple(getattr(entry, name) for name in names) for entry in prompts.read(path)]
-  for number, files in enumerate(pictures, 1):
-    if None in files:
-      keys = ', '.join(f'"{name}": "FILE"' for name in names)
-      raise InputError(
-        f'prompt {number} of {path} names no {names[files.index(None)]}: image-to-video wants .jsonl of '
-        f'{{"prompt": "...", {keys}}}, or .csv with the columns prompt, {", ".join(names)}.'
-      )
-    for name, file in zip(names, files, strict=True):
-      if not isinstance(file, str):
-        raise InputError(
-          f'prompt {number} of {path}: "{name}" must be a string, the name of a file.'
-        )
-  return pictures
-
-
-def _due(pictures: Sequence[tuple[str, ...]], folder: str, batch: int) -> list[str]:
-  """Those that this process has still to encode, `batch` prompts a shard."""
-  shards = owed(folder, -(-len(pictures) // batch))
-  return [file for n in shards for files in pictures[n * batch : (n + 1) * batch] for file in files]
-
-
-def _check(pictures: Sequence[str]) -> None:
-  """Decodes each, so that a damaged one is not found behind hours of work.
-
-  Raises:
-    InputError: no such file, or no picture.
-  """
-
-  def one(path: str) -> None:
-    video.read_image(path)
-
-  with concurrent.futures.ThreadPoolExecutor() as pool:
-    list(pool.map(one, pictures))
-
-
-def _digest(pictures: Sequence[str]) -> str:
-  """SHA-256 of all files.
-
-  Raises:
-    InputError: one that cannot be read.
-  """
-
-  def one(path: str) -> str:
-    try:
-      return sha256(path)
-    except OSError as error:
-      raise InputError(f'{path} cannot be read: put the picture there.') from error
-
-  with concurrent.futures.ThreadPoolExecutor() as pool:
-    return hashlib.sha256(''.join(pool.map(one, pictures)).encode()).hexdigest()
-
-
-def _prompts(rows: Sequence[tuple], length: int) -> dict[str, np.ndarray]:
-  ids, mask = pad([own for own, _ in rows], length)
-  return {'ids': ids, 'mask': mask}
+from salt_jax.store import Field, fill, sha256
 
 
 def _negatives(rows: Sequence[tuple], length: int) -> dict[str, np.ndarray]:
@@ -119,14 +51,16 @@ def pictures_and_prompts(
   """
   needed = ('vae', 'clip') if rec.model.image_dim else ('vae',)
   weights.require(config, needed)
-  pictures, words = _pictures(path, rec.model.pictures), tokens.tokenizer(config, rec)
+  named = ('image', 'last_image')[: rec.model.pictures]
+  pictures = captioned.files(path, named, 'image-to-video wants')
+  words = tokens.tokenizer(config, rec)
   rows, length = data.tokenized(path, words)
   negatives = any(other is not None for _, other in rows)
   size = config.video.height, config.video.width
-  hosts.together(lambda: _check(_due(pictures, folder, batch)))
+  hosts.together(lambda: captioned.check(captioned.due(pictures, folder, batch), video.read_image))
   facts = {
     'prompts': sha256(path),
-    'pictures': _digest(list(itertools.chain(*pictures))),
+    'pictures': captioned.digest(list(itertools.chain(*pictures)), 'picture'),
     'video': dict(config.video),
     'tokenizer': words.digest,
     'encoders': {name: sha256(weights.resolve(config.weights[name])) for name in needed},
@@ -147,7 +81,9 @@ def pictures_and_prompts(
     ]
     record = {name: np.concatenate([one[name] for one in made]) for name in made[0]}
     return (
-      record | _prompts(rows[part], length) | (_negatives(rows[part], length) if negatives else {})
+      record
+      | captioned.tokens(rows[part], length)
+      | (_negatives(rows[part], length) if negatives else {})
     )
 
   return fill(folder, fields, -(-len(rows) // batch), facts, make)

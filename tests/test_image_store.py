@@ -10,7 +10,18 @@ import torch
 from PIL import Image
 
 from configs import selfforcing
-from salt_jax import data, image_store, precompute, recipe, stages, step, tokens, video, weights
+from salt_jax import (
+  captioned,
+  data,
+  image_store,
+  precompute,
+  recipe,
+  stages,
+  step,
+  tokens,
+  video,
+  weights,
+)
 from salt_jax.errors import InputError
 from salt_jax.models import clip, vae
 from salt_jax.store import Store
@@ -135,7 +146,7 @@ def test_each_process_checks_the_pictures_that_it_has_still_to_encode(tmp_path, 
   for host, numbers in ((0, (0, 1, 4, 5)), (1, (6,))):
     monkeypatch.setattr(jax, 'process_index', lambda host=host: host)
     want = [f'{i}.{suffix}' for i in numbers for suffix in ('png', 'jpg')]
-    assert image_store._due(pictures, str(tmp_path), 2) == want
+    assert captioned.due(pictures, str(tmp_path), 2) == want
 
 
 def test_a_picture_of_a_shard_that_is_there_must_be_there_too(world, tmp_path):
