@@ -45,7 +45,7 @@ setuptools.setup(
       'tokenizers>=0.20',  # UMT5's tokenizer.json
     ],
     'gcs': ['gcsfs>=2024.6'],  # checkpoints in gs://
-    'video': ['av>=12.0'],  # MP4 files: samples, and what VBench reads
+    'video': ['av>=14.0'],  # MP4 files: samples, what VBench reads, and clips to learn from
     'dev': [
       'jax[tpu]>=0.10',  # libtpu: tests compile real sizes for TPUs on a CPU
       'pytest>=8.0',
@@ -59,7 +59,7 @@ setuptools.setup(
       'sentencepiece>=0.2',
       'tokenizers>=0.20',
       'gcsfs>=2024.6',  # buckets, against a stand-in
-      'av>=12.0',  # MP4 files are written and read back
+      'av>=14.0',  # MP4 files are written and read back
     ],
   },
 )

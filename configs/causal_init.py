@@ -9,7 +9,9 @@ regression on them. Or in two stages (Causal Forcing), the first of which makes 
   python -m salt_jax.main --config=configs/causal_init.py:nano,stage=causal_ode    regression on its trajectories, or
   python -m salt_jax.main --config=configs/causal_init.py:nano,stage=causal_cd     consistency along its steps
 
-Latents and pairs are made first, into the workdir; a killed run goes on where it was.
+Latents and pairs are made first, into the workdir; a killed run goes on where it was. Real sizes learn from videos:
+
+  python -m salt_jax.precompute --config=configs/causal_init.py:1.3b,stage=ar --prompts=videos.csv --output=latents
 """
 
 from configs import base
@@ -59,7 +61,7 @@ def _pairs(size):
 
 
 def _clips(config, count):
-  """Clean latents: nano's are made here; of the real sizes they are a store of fields latents, ids and mask."""
+  """Clean latents: nano's are made here; of the real sizes they are a store that `salt_jax.precompute` makes of videos."""
   if config.size == 'nano':
     config.data = dict(kind='latents', path='')
     config.latents = dict(count=count, batch=64)

@@ -9,25 +9,26 @@ from typing import NamedTuple
 
 from salt_jax.errors import InputError
 
-FIELDS = ('negative', 'image', 'last_image')
+FIELDS = ('negative', 'image', 'last_image', 'video')
 
 
 class Entry(NamedTuple):
-  """A prompt, what guidance steers away from if not from the config's negative prompt, and pictures in files."""
+  """A prompt, what guidance steers away from if not from the config's negative prompt, and files it names."""
 
   prompt: str
   negative: str | None = None
   image: object = None
   last_image: object = None
+  video: object = None
 
 
 def read(path: str) -> list[Entry]:
   """Reads prompts by the file's suffix.
 
-  `.jsonl` has on each line a string, or an object with `prompt` and, if wanted, `negative`, `image` and `last_image`;
-  `.csv` a header with a column `prompt` and, if wanted, these; any other file one prompt a line. What else stands in an
-  object or a row is not read. Pictures are found from the file's own folder, or anywhere by a whole path; a value of
-  another type is left as it stands, because whoever wants no pictures does not read it.
+  `.jsonl` has on each line a string, or an object with `prompt` and, if wanted, `negative`, `image`, `last_image` and
+  `video`; `.csv` a header with a column `prompt` and, if wanted, these; any other file one prompt a line. What else
+  stands in an object or a row is not read. Pictures and videos are found from the file's own folder, or anywhere by a
+  whole path; a value of another type is left as it stands, because whoever wants none does not read it.
 
   Raises:
     InputError: the file is missing, not UTF-8 text, or holds no prompt; or a line is empty or wrong, by its number.
@@ -115,7 +116,7 @@ def _checked(path: str, number: int, prompt: object, others: list) -> Entry:
   return Entry(prompt.strip(), negative, *(_found(os.path.dirname(path), x) for x in named))
 
 
-def _found(folder: str, picture: object) -> object:
-  if isinstance(picture, str):
-    return os.path.join(folder, picture) if picture else None
-  return picture
+def _found(folder: str, file: object) -> object:
+  if isinstance(file, str):
+    return os.path.join(folder, file) if file else None
+  return file

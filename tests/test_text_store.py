@@ -16,6 +16,7 @@ from salt_jax import cli, convert, data, precompute_cli, recipe, stages, text_st
 from salt_jax.errors import InputError
 from salt_jax.models import text
 from salt_jax.store import Store
+from salt_jax.video import write_mp4
 from tests import tiny_config
 
 LINES = [
@@ -215,10 +216,10 @@ def arguments(monkeypatch):
   flags.FLAGS.unparse_flags()
 
 
-def _encoded(arguments, config, prompts, output):
+def _encoded(arguments, config, prompts, output, file='selfforcing'):
   with pytest.raises(SystemExit) as stop:
     arguments(
-      f'--config=configs/selfforcing.py:{config}',
+      f'--config=configs/{file}.py:{config}',
       f'--prompts={prompts}',
       f'--output={output}',
       '--batch=2',
@@ -241,6 +242,15 @@ def test_the_program_encodes_pictures_for_a_network_that_is_given_them(arguments
   assert store[0]['condition'].shape == (21, 8, 8, 16) and store[0]['mask'].sum() == 6
 
 
+def test_the_program_encodes_videos_for_a_stage_behind_real_clips(arguments, tmp_path):
+  write_mp4(str(tmp_path / 'red.mp4'), np.full((82, 70, 90, 3), (250, 0, 0), np.uint8), 16)
+  (tmp_path / 'p.csv').write_text('prompt,video\na red bag moves left,red.mp4\n')
+  _encoded(arguments, 'nano,stage=ar', tmp_path / 'p.csv', tmp_path / 'latents', 'causal_init')
+  store = Store(f'{tmp_path}/latents')
+  assert set(store.fields) == {'ids', 'mask', 'latents'}
+  assert store[0]['latents'].shape == (21, 8, 8, 16) and store[0]['mask'].sum() == 6
+
+
 @pytest.mark.parametrize(
   'args, sentence',
   [
@@ -254,6 +264,14 @@ def test_the_program_encodes_pictures_for_a_network_that_is_given_them(arguments
     (
       ['--config=configs/selfforcing.py:nano,i2v', '--prompts={tmp}/p.txt', '--output={tmp}/out'],
       'p.txt names no image: image-to-video wants .jsonl of',
+    ),
+    (
+      [
+        '--config=configs/causal_init.py:nano,stage=ar',
+        '--prompts={tmp}/p.txt',
+        '--output={tmp}/o',
+      ],
+      'p.txt names no video: a store of clips wants .jsonl of',
     ),
   ],
 )

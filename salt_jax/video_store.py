@@ -1,0 +1,83 @@
+"""Videos and prompts encoded once, for the stages that learn from real clips: what `salt_jax.precompute` makes of a
+file that names both, for Causal Forcing's autoregressive model, its trajectories and its consistency.
+
+Of each video the first `video.frames` frames at `video.fps` are taken, the middle of each, in the config's size.
+"""
+
+import concurrent.futures
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, UInt8
+from ml_collections import ConfigDict
+
+from salt_jax import captioned, codec, data, footage, hosts, precompute, tokens, video, weights
+from salt_jax import recipe as recipes
+from salt_jax.recipe import Recipe
+from salt_jax.store import Field, fill, sha256
+
+
+def _ahead(read: Callable, paths: Sequence[str]) -> Iterator[np.ndarray]:
+  """`read` of each, the next one while this one is worked on."""
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    waiting = pool.submit(read, paths[0])
+    for path in paths[1:]:
+      found, waiting = waiting.result(), pool.submit(read, path)
+      yield found
+    yield waiting.result()
+
+
+def _encoder(config: ConfigDict, rec: Recipe) -> Callable[[UInt8[np.ndarray, 't h w 3']], Float]:
+  params = jax.device_put(weights.load(config.weights.vae, 'vae', rec.vae))
+  return lambda clip: np.asarray(
+    codec.encode(params, jnp.asarray(clip[None]), rec.vae)[0].astype(jnp.float16)
+  )
+
+
+def videos_and_prompts(config: ConfigDict, rec: Recipe, path: str, folder: str, batch: int) -> str:
+  """Encodes the videos of a file of prompts, `batch` a shard, one after another; returns the folder.
+
+  Fields as `precompute.latents` makes them: latents float16 `[f h w c]`, ids, mask.
+
+  Args:
+    config: whose VAE and tokenizer they are, and the frames, rate and size of its clips.
+    rec: the same, built.
+    path: file of prompts (`prompts.read`) that names a video for each.
+    folder: where the store goes; what a killed run left there is kept.
+    batch: records of a shard.
+
+  Raises:
+    InputError: files that are missing, wrong or too short, or a folder that was made of others.
+  """
+  video.require_pyav(path)
+  weights.require(config, ('vae',))
+  named = captioned.files(path, ('video',), 'a store of clips wants')
+  words = tokens.tokenizer(config, rec)
+  rows, length = data.tokenized(path, words)
+  count, fps = config.video.frames, config.video.fps
+  size = config.video.height, config.video.width
+  long_enough = functools.partial(footage.check, count=count, fps=fps)
+  hosts.together(lambda: captioned.check(captioned.due(named, folder, batch), long_enough))
+  facts = {
+    'prompts': sha256(path),
+    'videos': captioned.digest(list(itertools.chain(*named)), 'video'),
+    'video': dict(config.video),
+    'tokenizer': words.digest,
+    'encoders': {'vae': sha256(weights.resolve(config.weights.vae))},
+  }
+  latents = Field(recipes.latent_shape(config), 'float16')
+  encode, read = _encoder(config, rec), functools.partial(footage.frames, fps=fps, size=size)
+
+  def make(number):
+    part = slice(number * batch, (number + 1) * batch)
+    clips = _ahead(lambda file: read(file, count), [file for (file,) in named[part]])
+    return {'latents': np.stack([encode(clip) for clip in clips])} | captioned.tokens(
+      rows[part], length
+    )
+
+  fields = precompute.fields_of(config, rec, latents=latents)
+  return fill(folder, fields, -(-len(rows) // batch), facts, make)
