@@ -181,6 +181,16 @@ def test_keep_going_waits_for_capacity_not_for_ever(cloud):
   assert len(cloud.calls('create')) == 1 + 7 + 2
 
 
+@pytest.mark.parametrize('options', [[], ['--minutes=1']])
+def test_keep_going_outlasts_a_network_that_is_gone(cloud, options):
+  preempted(cloud)
+  cloud.fail('tpu-vm describe', 'Unable to find the server at tpu.googleapis.com', times=12, skip=1)
+  text = cloud('run', 'pod', '--keep-going', *options, '--', *FLAGS, code=1 if options else 0)
+  assert text.count('gcloud does not say what there is of pod: ERROR') == 1
+  assert ('nothing was changed' in text) == bool(options)
+  assert [record['key'] for record in cloud.ran()] == ([] if options else ['2.pod.0'])
+
+
 def test_keep_going_ends_where_waiting_does_not_help(cloud):
   preempted(cloud)
   cloud.fail('tpu-vm create', 'RESOURCE_EXHAUSTED: Quota limit TPUV4 has been exceeded.', times=9)

@@ -44,14 +44,16 @@ act() {
   return "$code"
 }
 
-# Describes something into $facts, fields parted by |; empty if there is no such thing. No answer is not "none".
+# Describes something into $facts, fields parted by |; empty if there is no such thing. No answer is not "none". What
+# watches a run with --keep-going asks as long as it would wait for capacity: a network that is gone comes back.
 ask() {
-  local try
+  local try most=$tries
+  [[ -z $keep || -z $begun ]] || most=$((tries + minutes * 6))
   if [[ -n $dry ]]; then
     show gcloud "$@"
     return 0
   fi
-  for ((try = 1; try <= tries; try++)); do
+  for ((try = 1; try <= most; try++)); do
     if facts=$(gcloud "$@" < /dev/null 2> "$tmp/error"); then
       return 0
     fi
@@ -59,7 +61,8 @@ ask() {
       facts=''
       return 0
     fi
-    [[ $try -eq $tries ]] || pause 10
+    ((try != tries || try == most)) || say "gcloud does not say what there is of $name: $(tail -n 1 "$tmp/error")"
+    ((try == most)) || pause 10
   done
   cat "$tmp/error" >&2
   die "gcloud could not say what there is of $name (above); nothing was changed."

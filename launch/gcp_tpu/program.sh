@@ -117,6 +117,7 @@ cycle() {
   local round fresh=$1
   for ((round = 0; round <= ${keep:-0}; round++)); do
     if { [[ -z $fresh ]] || renew; } && begin; then
+      begun=yes
       [[ -z $dry && -n $follow ]] || return 0
       trap 'say "the run goes on; see logs, stop and delete."; exit 130' INT
       follow_log
