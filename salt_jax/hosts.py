@@ -168,10 +168,7 @@ def _explained(error: BaseException) -> int:
     print(f'salt_jax: {" ".join(str(error).split())}', file=sys.stderr, flush=True)
     return 2
   if isinstance(error, jax.errors.JaxRuntimeError) and _is_loss(error):
-    lost = (
-      f'salt_jax: host {jax.process_index()} lost another host ({_first_line(error)}); {_AGAIN}'
-    )
-    print(lost, file=sys.stderr, flush=True)
+    print(f'salt_jax: {_loss(jax.process_index(), error)}', file=sys.stderr, flush=True)
     return LOST
   traceback.print_exception(error)
   return 130 if isinstance(error, KeyboardInterrupt) else 1
@@ -194,6 +191,15 @@ def _leave(code: int, alone: bool) -> NoReturn:
 
 def _is_loss(error: Exception) -> bool:
   return any(word in str(error) for word in ('Gloo', 'UNAVAILABLE', 'heartbeat', 'NCCL'))
+
+
+def _loss(host: int, error: Exception) -> str:
+  if 'ncclCommInit' in str(error):
+    return (
+      f'host {host} could not set up NCCL with the others ({_first_line(error)}): one is gone, or another program '
+      f'holds memory of its GPUs, which nvidia-smi shows; {_AGAIN}'
+    )
+  return f'host {host} lost another host ({_first_line(error)}); {_AGAIN}'
 
 
 def _first_line(error: Exception) -> str:

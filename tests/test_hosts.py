@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -254,6 +255,14 @@ def test_hosts_that_differ_are_refused_on_all_of_them(weights, tmp_path, kind):
   assert not (tmp_path / 'metrics.jsonl').exists()
 
 
+def test_nccl_that_cannot_begin_is_no_host_that_was_lost(capsys):
+  began = 'INTERNAL: NCCL operation ncclCommInitRankConfig(&comm, num_ranks) failed: unhandled cuda error.'
+  later = 'INTERNAL: NCCL operation ncclGroupEnd() failed: remote process exited or there was a network error.'
+  for said, word in ((began, 'holds memory of its GPUs'), (later, 'host 0 lost another host')):
+    assert hosts._explained(jax.errors.JaxRuntimeError(said)) == hosts.LOST
+    assert word in capsys.readouterr().err
+
+
 def test_what_hosts_share(tmp_path):
   """Rows of the batch, whole arrays, stores, reading alone, and checks that only one host fails."""
   _run(2, ['-m', 'tests.host_pieces'], tmp_path / 'logs', devices=2, FOLDER=str(tmp_path))
@@ -307,6 +316,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on_with_room(weights, one, tmp_pa
 BUCKET = 'gs://bucket/run'
 LOOK = """
 import sys
+import jax
 import numpy as np
 from salt_jax import places, sources
 assert places.is_run(sys.argv[1]) and not places.is_run(sys.argv[1] + 'x')
