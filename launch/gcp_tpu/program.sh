@@ -174,7 +174,13 @@ finish() {
       exit 0
       ;;
     gone) say "$because: the slice was taken away." ;;
-    left) say "run $run was told to leave, or its machine restarted; $because." ;;
+    left)
+      if grep -qE ' exit (69|134)$' <<< "$states"; then
+        say "run $run lost a host, and the others ended; $because."
+      else
+        say "run $run was told to leave, or its machine restarted; $because."
+      fi
+      ;;
     stopped) die "run $run was stopped; \`resume\` goes on. The slice is still there." 75 ;;
     failed) blame ;;
     running) die "run $run ended on one worker and still runs on others; see \`status\` and \`logs --worker=K\`." ;;
