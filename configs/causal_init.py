@@ -61,7 +61,7 @@ def _pairs(size):
 
 
 def _clips(config, count):
-  """Clean latents: nano's are made here; of the real sizes they are a store that `salt_jax.precompute` makes of videos."""
+  """Clean latents: nano's are made here, those of the real sizes by `salt_jax.precompute` of videos."""
   if config.size == 'nano':
     config.data = dict(kind='latents', path='')
     config.latents = dict(count=count, batch=64)

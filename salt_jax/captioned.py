@@ -5,6 +5,7 @@ What stores of them are made of shares this; each prompt is a record, and `batch
 
 import concurrent.futures
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -13,6 +14,8 @@ from salt_jax import prompts
 from salt_jax.errors import InputError
 from salt_jax.models.text import pad
 from salt_jax.store import owed, sha256
+
+_MIB = 2**20
 
 
 def files(path: str, fields: Sequence[str], wanted: str) -> list[tuple[str, ...]]:
@@ -62,8 +65,19 @@ def check(paths: Sequence[str], read: Callable[[str], object]) -> None:
     list(pool.map(one, paths))
 
 
-def digest(paths: Sequence[str], what: str) -> str:
-  """SHA-256 of all files; `what` they are.
+def ends(path: str) -> str:
+  """SHA-256 of a file's size, first and last MiB: of large files, whose own index of themselves stands there."""
+  with open(path, 'rb') as file:
+    size = file.seek(0, os.SEEK_END)
+    found = hashlib.sha256(str(size).encode())
+    for place in (0, max(0, size - _MIB)):
+      file.seek(place)
+      found.update(file.read(_MIB))
+  return found.hexdigest()
+
+
+def digest(paths: Sequence[str], what: str, of: Callable[[str], str] = sha256) -> str:
+  """SHA-256 over `of` all files; `what` they are.
 
   Raises:
     InputError: one that cannot be read.
@@ -71,7 +85,7 @@ def digest(paths: Sequence[str], what: str) -> str:
 
   def one(path: str) -> str:
     try:
-      return sha256(path)
+      return of(path)
     except OSError as error:
       raise InputError(f'{path} cannot be read: put the {what} there.') from error
 

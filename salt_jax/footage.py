@@ -4,8 +4,11 @@ Decoding is PyAV's, the extra `video`, and so is what a file may be: MP4, WebM, 
 """
 
 import contextlib
+import fractions
 import math
+import os
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -15,43 +18,39 @@ from salt_jax import images
 from salt_jax.errors import InputError
 
 _SLACK = 1e-3  # seconds that a time stamp may be late: containers round them
+_UNSPECIFIED = 2  # colour matrix of ITU-T H.273
+_HD = 720  # rows from which on players take BT.709 for a matrix that is not named
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator:
-  """(container, its first video stream); what FFmpeg says of a damaged file is said of `path`."""
+def _opened(path: str) -> Iterator[tuple[Any, Any]]:
+  """(container, its video stream); what FFmpeg says of a damaged file is said of `path`."""
   import av
 
   try:
-    with av.open(path) as file:
-      if not file.streams.video:
+    # A bare name may hold a colon, which FFmpeg takes for a protocol.
+    with av.open(os.path.abspath(path), metadata_errors='replace') as file:
+      stream = file.streams.best('video')
+      if stream is None:
         raise InputError(f'{path} has no video in it: name another file.')
-      file.streams.video[0].thread_type = 'AUTO'
-      yield file, file.streams.video[0]
+      stream.thread_type = 'AUTO'
+      yield file, stream
   except (av.FFmpegError, OSError) as error:
     raise InputError(f'{path} cannot be read as a video ({error}): name another file.') from error
 
 
 def check(path: str, count: int, fps: float) -> None:
-  """Refuses a file that is no video, or that says that it is too short for `frames`, without decoding it.
+  """Decodes what `frames` does, and keeps nothing.
+
+  Args:
+    path, count, fps: as for `frames`.
 
   Raises:
-    InputError: naming the file and the mend.
+    InputError: as there.
   """
-  with _opened(path) as (_, stream):
-    if stream.duration is not None:
-      length = float(stream.duration * stream.time_base)
-      if _ticks(length, fps) < count:
-        raise InputError(_short(path, length, count / fps))
-
-
-def _short(path: str, length: float, seconds: float) -> str:
-  return f'{path} lasts {length:.2f} of the {seconds:.2f} seconds of a clip: leave it out, or set fewer video.frames.'
-
-
-def _ticks(seconds: float, fps: float) -> int:
-  """Ticks of a clock from 0 on that are before a time."""
-  return math.ceil((seconds - _SLACK) * fps)
+  with _opened(path) as opened:
+    for _ in _chosen(path, opened, count, fps):
+      pass
 
 
 def frames(
@@ -63,7 +62,7 @@ def frames(
   and as large as it can be, and resized by Pillow's bicubic filter, which is antialiased.
 
   Args:
-    path: a file that FFmpeg reads; turned as it says that it is to be shown.
+    path: a file that FFmpeg reads; its pixels need not be square, and it is turned as it says that it is to be shown.
     count: of frames.
     fps: ticks a second.
     size: (rows, columns).
@@ -71,20 +70,33 @@ def frames(
   Raises:
     InputError: no such file, no video, or one that ends before.
   """
-  found, end = [], 0.0
-  with _opened(path) as (file, stream):
-    lasts = 1 / float(stream.average_rate or stream.guessed_rate or fps)
-    for frame, end in _shown(path, file.decode(stream), lasts):
-      times = min(count, _ticks(end, fps)) - len(found)
-      if times > 0:
-        found += [_sized(frame, size)] * times
-      if len(found) == count:
-        return np.stack(found)
-  raise InputError(_short(path, end, count / fps))
+  found = []
+  with _opened(path) as opened:
+    # Of a width that is not named FFmpeg says 0 or nothing.
+    wide = opened[1].sample_aspect_ratio or fractions.Fraction(1)
+    for frame, times in _chosen(path, opened, count, fps):
+      found += [_sized(frame, size, wide)] * times
+  return np.stack(found)
 
 
-def _shown(path: str, decoded: Iterator, lasts: float) -> Iterator[tuple]:
-  """Each frame, and the seconds from the first until it is no longer shown; the last one `lasts`."""
+def _chosen(path: str, opened: tuple, count: int, fps: float) -> Iterator[tuple[Any, int]]:
+  """Each frame that is shown at one of the first `count` ticks or more, and at how many."""
+  (file, stream), ticks, end = opened, 0, 0.0
+  lasts = 1 / float(stream.average_rate or stream.guessed_rate or fps)
+  for frame, end in _shown(path, file.decode(stream), lasts):
+    times = min(count, math.ceil((end - _SLACK) * fps)) - ticks
+    if times > 0:
+      ticks += times
+      yield frame, times
+    if ticks == count:
+      return
+  raise InputError(
+    f'{path} lasts {end:.2f} of the {count / fps:.2f} seconds of a clip: leave it out, or set fewer video.frames.'
+  )
+
+
+def _shown(path: str, decoded: Iterator, lasts: float) -> Iterator[tuple[Any, float]]:
+  """Each frame, and the seconds from the first until it is no longer shown; the last one `lasts` if it says nothing."""
   before, start = None, 0.0
   for frame in decoded:
     if frame.time is None:
@@ -95,10 +107,18 @@ def _shown(path: str, decoded: Iterator, lasts: float) -> Iterator[tuple]:
       yield before, frame.time - start
     before = frame
   if before is not None:
-    yield before, before.time - start + lasts
+    own = float((before.duration or 0) * before.time_base)
+    yield before, before.time - start + (own or lasts)
 
 
-def _sized(frame, size: tuple[int, int]) -> UInt8[np.ndarray, 'rows columns 3']:
-  upright = np.rot90(frame.to_ndarray(format='rgb24'), frame.rotation // 90)
-  picture = Image.fromarray(np.ascontiguousarray(images.cropped(upright, size)))
+def _sized(
+  frame, size: tuple[int, int], wide: fractions.Fraction
+) -> UInt8[np.ndarray, 'rows columns 3']:
+  """A frame upright, in RGB, cropped and resized; a stored pixel is `wide` times as wide as it is high."""
+  guessed = frame.colorspace == _UNSPECIFIED and frame.height >= _HD
+  matrix = {'src_colorspace': 'ITU709'} if guessed else {}
+  turns = frame.rotation // 90
+  upright = np.rot90(frame.to_ndarray(format='rgb24', **matrix), turns)
+  shape = (size[0] / wide, size[1]) if turns % 2 else (size[0] * wide, size[1])
+  picture = Image.fromarray(np.ascontiguousarray(images.cropped(upright, shape)))
   return np.asarray(picture.resize(size[::-1], Image.Resampling.BICUBIC))

@@ -243,15 +243,15 @@ def wait(what: str) -> None:
     multihost_utils.sync_global_devices(what)
 
 
-def together(check: Callable[[], None]) -> None:
-  """Runs a check that one host may fail alone, and has all hosts refuse then.
+def together(check: Callable[[], Any]) -> Any:
+  """Runs a check that one host may fail alone, and has all hosts refuse then; returns what it gave here.
 
   Raises:
     InputError: on every host alike, the first host's.
   """
-  sentence = ''
+  sentence, given = '', None
   try:
-    check()
+    given = check()
   except InputError as error:
     sentence = str(error)
   if jax.process_count() == 1:
@@ -261,6 +261,7 @@ def together(check: Callable[[], None]) -> None:
   for host, said in enumerate(found):
     if said:
       raise InputError(said if host == jax.process_index() else f'host {host}: {said}')
+  return given
 
 
 @contextlib.contextmanager

@@ -60,7 +60,9 @@ def pictures_and_prompts(
   hosts.together(lambda: captioned.check(captioned.due(pictures, folder, batch), video.read_image))
   facts = {
     'prompts': sha256(path),
-    'pictures': captioned.digest(list(itertools.chain(*pictures)), 'picture'),
+    'pictures': hosts.together(
+      lambda: captioned.digest(list(itertools.chain(*pictures)), 'picture')
+    ),
     'video': dict(config.video),
     'tokenizer': words.digest,
     'encoders': {name: sha256(weights.resolve(config.weights[name])) for name in needed},

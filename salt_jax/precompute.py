@@ -163,7 +163,8 @@ def given_store(config: ConfigDict, rec: Recipe, **own: Field) -> str:
   """The folder of the config's store, of another run or of `image_store`: fields as of `conditions`, and a stage's own.
 
   Raises:
-    InputError: no finished store, records of another shape, or prompts of another tokenizer than the config's.
+    InputError: no finished store, records of another shape, or prompts of another tokenizer or frames of another rate
+      than the config's.
   """
   folder = config.data.path
   store = Store(folder)
@@ -179,6 +180,12 @@ def given_store(config: ConfigDict, rec: Recipe, **own: Field) -> str:
     raise InputError(
       f'data.path={folder} was made with another tokenizer than that of the config: encode the prompts again, or set '
       'weights.tokenizer back.'
+    )
+  rate = store.config.get('video', {}).get('fps', config.video.fps)
+  if rate != config.video.fps:
+    raise InputError(
+      f'data.path={folder} was made at {rate} frames a second, and video.fps is {config.video.fps}: encode it again, '
+      f'or set --config.video.fps={rate}.'
     )
   return folder
 
@@ -261,7 +268,10 @@ def causal_pairs(config: ConfigDict, rec: Recipe, frozen: dict, clean: str, fold
   """
   keep, pairs, clips = rec.schedule.steps[0], config.pairs, Store(clean)
   if len(clips) < pairs.count:
-    raise InputError(f'pairs.count={pairs.count} exceeds the {len(clips)} clips in {clean}.')
+    raise InputError(
+      f'pairs.count={pairs.count} exceeds the {len(clips)} clips in {clean}: set --config.pairs.count, a multiple of '
+      f'{pairs.batch}.'
+    )
   shape, sigmas = (
     clips.fields['latents'].shape,
     flow.few_step_sigmas(pairs.steps, rec.schedule.shift),

@@ -32,7 +32,7 @@ def define_flags() -> None:
   )
   flags.DEFINE_string('output', None, 'Folder of the store.')
   flags.DEFINE_integer(
-    'batch', 64, 'Prompts in a shard; they alone are encoded at once.', lower_bound=1
+    'batch', 64, 'Prompts in a shard, encoded at once if they name no files.', lower_bound=1
   )
   hosts.define_flags('Join the other hosts of a slice; each encodes its share of the shards.')
 

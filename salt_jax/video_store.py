@@ -31,7 +31,9 @@ def _ahead(read: Callable, paths: Sequence[str]) -> Iterator[np.ndarray]:
     yield waiting.result()
 
 
-def _encoder(config: ConfigDict, rec: Recipe) -> Callable[[UInt8[np.ndarray, 't h w 3']], Float]:
+def _encoder(
+  config: ConfigDict, rec: Recipe
+) -> Callable[[UInt8[np.ndarray, 't h w 3']], Float[np.ndarray, 'f h w c']]:
   params = jax.device_put(weights.load(config.weights.vae, 'vae', rec.vae))
   return lambda clip: np.asarray(
     codec.encode(params, jnp.asarray(clip[None]), rec.vae)[0].astype(jnp.float16)
@@ -41,7 +43,8 @@ def _encoder(config: ConfigDict, rec: Recipe) -> Callable[[UInt8[np.ndarray, 't 
 def videos_and_prompts(config: ConfigDict, rec: Recipe, path: str, folder: str, batch: int) -> str:
   """Encodes the videos of a file of prompts, `batch` a shard, one after another; returns the folder.
 
-  Fields as `precompute.latents` makes them: latents float16 `[f h w c]`, ids, mask.
+  Fields as `precompute.latents` makes them: latents float16 `[f h w c]`, ids, mask. Negative prompts of the file are
+  not kept: the stages that read this take the config's.
 
   Args:
     config: whose VAE and tokenizer they are, and the frames, rate and size of its clips.
@@ -60,11 +63,13 @@ def videos_and_prompts(config: ConfigDict, rec: Recipe, path: str, folder: str, 
   rows, length = data.tokenized(path, words)
   count, fps = config.video.frames, config.video.fps
   size = config.video.height, config.video.width
-  long_enough = functools.partial(footage.check, count=count, fps=fps)
-  hosts.together(lambda: captioned.check(captioned.due(named, folder, batch), long_enough))
+  decode = functools.partial(footage.check, count=count, fps=fps)
+  hosts.together(lambda: captioned.check(captioned.due(named, folder, batch), decode))
   facts = {
     'prompts': sha256(path),
-    'videos': captioned.digest(list(itertools.chain(*named)), 'video'),
+    'videos': hosts.together(
+      lambda: captioned.digest(list(itertools.chain(*named)), 'video', captioned.ends)
+    ),
     'video': dict(config.video),
     'tokenizer': words.digest,
     'encoders': {'vae': sha256(weights.resolve(config.weights.vae))},

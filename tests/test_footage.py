@@ -6,6 +6,7 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+from av.video.reformatter import Colorspace
 from PIL import Image
 
 from salt_jax import footage, video
@@ -37,17 +38,25 @@ def test_what_is_shown_at_each_tick_is_taken(tmp_path, rate):
   assert numbers(found) == wanted
 
 
-def write(path, pictures, times, base=1000):
-  """A file whose frames are shown at these times, in parts of a second, from the first one on."""
-  with av.open(str(path), 'w') as file:
-    stream = file.add_stream('libx264', rate=base, options={'crf': '10'})
+def write(path, pictures, times, base=1000, last=0, wide=1, **tags):
+  """A file whose frames are shown at these times, in parts of a second, from the first one on.
+
+  The last one says that it lasts so long; pixels are `wide` times as wide as high; `tags` are text.
+  """
+  with av.open(str(path), 'w', metadata_encoding='latin-1') as file:
+    file.metadata.update(tags)
+    stream = file.add_stream('libx264', rate=base, options={'crf': '10', 'bf': '0'})
+    stream.codec_context.sample_aspect_ratio = Fraction(wide)
     stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], 'yuv420p'
     stream.time_base = stream.codec_context.time_base = Fraction(1, base)
     for picture, time in zip(pictures, times, strict=True):
       frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format='rgb24')
       frame.pts, frame.time_base = time, Fraction(1, base)
       file.mux(stream.encode(frame))
-    file.mux(stream.encode())
+    for packet in stream.encode():
+      if last and packet.pts == times[-1] * packet.time_base.denominator // base:
+        packet.duration = last * packet.time_base.denominator // base
+      file.mux(packet)
 
 
 @pytest.mark.parametrize('suffix', ['mp4', 'mkv'])
@@ -97,6 +106,57 @@ def test_a_video_of_a_phone_is_upright(tmp_path, degrees):
   assert corners[wanted] > 200 and corners.sum() < corners[wanted] + 30
 
 
+@pytest.mark.parametrize('degrees, wanted', [(0, (40, 80)), (90, (40, 20))])
+def test_pixels_that_are_not_square(tmp_path, degrees, wanted):
+  """A square of 40 stored pixels, twice as wide as high, in a frame of 64; turned it is twice as high."""
+  path = tmp_path / 'x.mp4'
+  picture = np.zeros((2, 64, 64, 3), np.uint8)
+  picture[:, 12:52, 12:52] = 250
+  write(path, picture, [0, 100], wide=2)
+  if degrees:
+    turned(path, degrees)
+  size = (64, 128) if not degrees else (64, 32)
+  (found,) = footage.frames(str(path), 1, 16, size)
+  bright = found.mean(-1) > 125
+  assert abs(bright.any(1).sum() - wanted[0]) <= 1 and abs(bright.any(0).sum() - wanted[1]) <= 1
+
+
+# Tags of H.273: BT.709, BT.601 of 625 lines, and none.
+@pytest.mark.parametrize(
+  'height, matrix, tag',
+  [(480, 'ITU601', 2), (720, 'ITU709', 2), (720, 'ITU601', 5), (480, 'ITU709', 1)],
+)
+def test_colours_are_what_the_file_says_or_else_what_players_take(tmp_path, height, matrix, tag):
+  path = str(tmp_path / 'x.mp4')
+  red = np.full((height, 64, 3), (200, 40, 40), np.uint8)
+  with av.open(path, 'w') as file:
+    stream = file.add_stream('libx264', rate=16, options={'crf': '1'})
+    stream.width, stream.height, stream.pix_fmt = 64, height, 'yuv420p'
+    frame = av.VideoFrame.from_ndarray(red, format='rgb24')
+    frame = frame.reformat(format='yuv420p', dst_colorspace=Colorspace[matrix])
+    stream.codec_context.colorspace = frame.colorspace = tag
+    file.mux(stream.encode(frame))
+    file.mux(stream.encode())
+  (found,) = footage.frames(path, 1, 16, (16, 16))
+  np.testing.assert_allclose(found.mean((0, 1)), (200, 40, 40), atol=4)
+
+
+@pytest.mark.parametrize('suffix', ['mp4', 'mkv'])
+def test_a_still_at_the_end_lasts_as_long_as_it_says(tmp_path, suffix):
+  path = tmp_path / f'x.{suffix}'
+  write(path, greys(4), [0, 100, 200, 300], last=500)
+  assert numbers(footage.frames(str(path), 8, 10, (16, 16))) == [0, 1, 2, 3, 3, 3, 3, 3]
+  with pytest.raises(InputError, match='lasts 0.80 of the 0.90 seconds'):
+    footage.check(str(path), 9, 10)
+
+
+def test_names_with_a_colon_and_titles_in_latin_letters(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  write('./a:b.mkv', greys(4), [0, 100, 200, 300], title='café')
+  assert 'caf\xe9'.encode('latin-1') in (tmp_path / 'a:b.mkv').read_bytes()
+  footage.check('a:b.mkv', 3, 10)
+
+
 def test_what_is_too_short_is_refused_by_its_length(tmp_path):
   path = str(tmp_path / 'x.mp4')
   video.write_mp4(path, greys(20), 16)
@@ -140,14 +200,19 @@ def test_what_is_no_video_is_named(tmp_path, name, make, sentence):
       refuse(str(path), 4, 16, *([(16, 16)] if refuse is footage.frames else []))
 
 
-def test_a_video_that_is_cut_off_is_named_when_it_is_decoded(tmp_path):
-  path = tmp_path / 'x.mp4'
+@pytest.mark.parametrize('suffix', ['mp4', 'mkv'])
+def test_a_download_that_broke_off_is_named_whatever_its_head_says(tmp_path, suffix):
+  path = tmp_path / f'x.{suffix}'
   noise = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8)
   write(path, noise, range(0, 1000, 50))
-  content = bytearray(path.read_bytes())
-  middle = content.index(b'mdat') + 4
-  content[middle + 2000 : middle + 12000] = bytes(10000)
-  path.write_bytes(content)
-  footage.check(str(path), 10, 16)
-  with pytest.raises(InputError, match='x.mp4 (cannot be read as a video|lasts)'):
-    footage.frames(str(path), 16, 16, (16, 16))
+  footage.check(str(path), 16, 16)
+  content = path.read_bytes()
+  middle = content.index(b'mdat') if suffix == 'mp4' else len(content) // 4
+  broken = bytearray(content[: middle + 6000])
+  if suffix == 'mp4':  # its index stands behind
+    broken += (
+      bytes(content.index(b'moov') - 4 - len(broken)) + content[content.index(b'moov') - 4 :]
+    )
+  path.write_bytes(broken)
+  with pytest.raises(InputError, match='x.m(p4|kv) (cannot be read as a video|lasts)'):
+    footage.check(str(path), 16, 16)

@@ -316,7 +316,6 @@ def test_a_full_disk_is_named_and_the_run_goes_on_with_room(weights, one, tmp_pa
 BUCKET = 'gs://bucket/run'
 LOOK = """
 import sys
-import jax
 import numpy as np
 from salt_jax import places, sources
 assert places.is_run(sys.argv[1]) and not places.is_run(sys.argv[1] + 'x')

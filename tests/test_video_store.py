@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from configs import causal_init
-from salt_jax import footage, precompute, recipe, tokens, video, video_store, weights
+from salt_jax import captioned, footage, precompute, recipe, tokens, video, video_store, weights
 from salt_jax.errors import InputError
 from salt_jax.models import vae
 from salt_jax.store import Store
@@ -105,6 +105,32 @@ def test_what_is_no_clip_is_named_before_anything_is_written(world, tmp_path, co
   with pytest.raises(InputError, match=sentence):
     make(config, rec, folder, tmp_path / 'store', 'q.csv')
   assert not (tmp_path / 'store').exists()
+
+
+def test_a_store_of_another_rate_is_refused(world):
+  config, rec, _ = world
+  other = config.copy_and_resolve_references()
+  other.video.fps = 8
+  with pytest.raises(
+    InputError, match='was made at 16 frames a second, and video.fps is 8: encode'
+  ):
+    precompute.given_latents(other, rec)
+
+
+def test_large_files_are_told_apart_by_their_size_and_ends(tmp_path):
+  path, mib = tmp_path / 'x', 2**20
+  content = bytearray(3 * mib)
+
+  def digest(place=None, more=0):
+    other = content + bytes(more)
+    if place is not None:
+      other[place] = 1
+    path.write_bytes(other)
+    return captioned.digest([str(path)], 'video', captioned.ends)
+
+  changed = [digest(place) for place in (0, mib - 1, 2 * mib, 3 * mib - 1)]
+  assert len({digest(), digest(more=1), *changed}) == 6
+  assert digest(mib) == digest()  # what stands between is not read
 
 
 def test_pyav_is_asked_for_first(world, tmp_path, monkeypatch):
