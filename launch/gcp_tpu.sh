@@ -24,7 +24,7 @@ usage: launch/gcp_tpu.sh COMMAND NAME [option ...] [-- FLAG ...]
   run NAME -- FLAG ...      python -m salt_jax.main FLAG ... on all workers, detached; follows the log of worker 0
       --run=main            name of the run, for resume, logs, status, stop, fetch
       --keep-going[=20]     when the slice is taken away: make it again, install, go on; at most so often, and asking for
-                            capacity, or where Google does not answer, for --minutes=1440 (instead of --tries times)
+                            capacity, or while the network is gone, for --minutes=1440 (instead of --tries times)
       --no-follow           come back at once            --env=NAME=VALUE   set for the program, such as LIBTPU_INIT_ARGS
   resume NAME [--run=R]     go on after a preemption: slice, code and command as they were (also --keep-going)
   logs NAME [--run=R]       follow it (--worker=K); --no-follow: the last lines of all workers (--lines=20)
@@ -58,7 +58,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 command=${1:-} name='' zone=${CLOUDSDK_COMPUTE_ZONE:-} project=${CLOUDSDK_CORE_PROJECT:-} owner=${USER:-$(id -un)} dry=''
 type='' tier='' queued='' slices=1 minutes=1440 tries=5 looks=10 runtime='' network=() where=() reach=()
 commit='' repo='' ship='' extras=tpu,gcs,wan setup='' run=main keep='' follow=yes environment=() worker=0 workers=all lines=20 to='' now='' yes='' flags=()
-said='' facts='' kind=none state='' found_type='' made_by='' owned_by='' nodes=() health='' because='' states='' outcome='' begun=''
+said='' facts='' kind=none state='' found_type='' made_by='' owned_by='' nodes=() health='' because='' states='' outcome='' begun='' unreached=''
 # Without these ssh waits for minutes to connect, and for ever on a worker that is gone.
 ssh=(compute tpus tpu-vm ssh '--ssh-flag=-o ConnectTimeout=20' '--ssh-flag=-o ServerAliveInterval=15')
 address='^https://[A-Za-z0-9.-]+/[A-Za-z0-9._/~+-]+$'

@@ -108,8 +108,8 @@ class Cloud:
     path = self.state / f'{name}.json'
     return json.loads(path.read_text()) if path.exists() else {'nodes': {}, 'queued': {}}
 
-  def fail(self, command, text, times=1, code=1, skip=0):
-    self.set('faults', [dict(command=command, text=text, times=times, code=code, skip=skip)])
+  def fail(self, command, text, times=1, **more):
+    self.set('faults', [dict(command=command, text=text, times=times, **more)])
 
   def calls(self, part=''):
     path = self.state / 'calls.jsonl'

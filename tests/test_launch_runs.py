@@ -181,14 +181,42 @@ def test_keep_going_waits_for_capacity_not_for_ever(cloud):
   assert len(cloud.calls('create')) == 1 + 7 + 2
 
 
+GONE = 'Unable to find the server at tpu.googleapis.com'
+
+
 @pytest.mark.parametrize('options', [[], ['--minutes=1']])
 def test_keep_going_outlasts_a_network_that_is_gone(cloud, options):
   preempted(cloud)
-  cloud.fail('tpu-vm describe', 'Unable to find the server at tpu.googleapis.com', times=12, skip=1)
+  cloud.fail('tpu-vm describe', GONE, times=12, skip=1)
   text = cloud('run', 'pod', '--keep-going', *options, '--', *FLAGS, code=1 if options else 0)
   assert text.count('gcloud does not say what there is of pod: ERROR') == 1
   assert ('nothing was changed' in text) == bool(options)
   assert [record['key'] for record in cloud.ran()] == ([] if options else ['2.pod.0'])
+
+
+@pytest.mark.parametrize('command, times', [('create', 3), ('delete', 9), ('ssh', 7)])
+def test_the_network_may_go_while_the_slice_is_made_again(cloud, command, times):
+  preempted(cloud)
+  # The calls of ssh before are those of the installation, the start and the log; the answer to the third is cut.
+  cloud.fail(f'tpu-vm {command}', GONE, times=times, skip=2 if command == 'ssh' else 0)
+  text = cloud('run', 'pod', '--keep-going', '--', *FLAGS)
+  assert [record['key'] for record in cloud.ran()] == ['2.pod.0']
+  assert ('no network to ask for v4-8' in text) == (command == 'create')
+
+
+def test_a_slice_whose_making_was_not_answered_is_found(cloud):
+  preempted(cloud)
+  cloud.fail('tpu-vm create', GONE, done=True)
+  assert 'no network to ask' in cloud('run', 'pod', '--keep-going', '--', *FLAGS)
+  assert [record['key'] for record in cloud.ran()] == ['2.pod.0'] and len(
+    cloud.calls('create')
+  ) == 2
+
+
+def test_keep_going_ends_where_nobody_may_ask(cloud):
+  preempted(cloud)
+  cloud.fail('tpu-vm describe', 'PERMISSION_DENIED: tpu.nodes.get on pod', times=99, skip=1)
+  assert 'nothing was changed' in cloud('run', 'pod', '--keep-going', '--', *FLAGS, code=1)
 
 
 def test_keep_going_ends_where_waiting_does_not_help(cloud):

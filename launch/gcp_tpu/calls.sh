@@ -44,16 +44,25 @@ act() {
   return "$code"
 }
 
-# Describes something into $facts, fields parted by |; empty if there is no such thing. No answer is not "none". What
-# watches a run with --keep-going asks as long as it would wait for capacity: a network that is gone comes back.
+# What gcloud says where the network to it is gone, here or there.
+lost="Unable to find the server|[Cc]onnection (aborted|refused|reset|timed out)|Max retries exceeded|[Nn]etwork is unreachable\
+|name resolution|gaierror|SSLError|EOF occurred|RemoteDisconnected|TransportError|problem refreshing your current auth tokens|UNAVAILABLE"
+
+# Whether to try again behind try $1, one every $2 seconds, that said $3: --tries times, but where the network is gone
+# what watches a run with --keep-going goes on for --minutes.
+again() {
+  (($1 >= tries)) || return 0
+  [[ -n $keep && -n $begun && $3 =~ $lost ]] && (($1 < tries + minutes * 60 / $2))
+}
+
+# Describes something into $facts, fields parted by |; empty if there is no such thing. No answer is not "none".
 ask() {
-  local try most=$tries
-  [[ -z $keep || -z $begun ]] || most=$((tries + minutes * 6))
+  local try
   if [[ -n $dry ]]; then
     show gcloud "$@"
     return 0
   fi
-  for ((try = 1; try <= most; try++)); do
+  for ((try = 1; ; try++)); do
     if facts=$(gcloud "$@" < /dev/null 2> "$tmp/error"); then
       return 0
     fi
@@ -61,8 +70,9 @@ ask() {
       facts=''
       return 0
     fi
-    ((try != tries || try == most)) || say "gcloud does not say what there is of $name: $(tail -n 1 "$tmp/error")"
-    ((try == most)) || pause 10
+    again "$try" 10 "$(< "$tmp/error")" || break
+    ((try != tries)) || say "gcloud does not say what there is of $name: $(tail -n 1 "$tmp/error")"
+    pause 10
   done
   cat "$tmp/error" >&2
   die "gcloud could not say what there is of $name (above); nothing was changed."
@@ -151,6 +161,7 @@ judge() {
 # A command on every worker of a node. What did not arrive is tried again, so each command can bear to run twice.
 on_workers() {
   local node=$1 try code failed='^\[worker [^]]*\] failed|^##### Command execution on worker|terminal state'
+  unreached=''
   for ((try = 1; try <= tries; try++)); do
     code=0
     act "${ssh[@]}" "$node" "${where[@]}" "${reach[@]}" "--worker=$workers" "--command=$2" || code=$?
@@ -160,6 +171,7 @@ on_workers() {
       break
     fi
     say "$node: a worker could not be reached (try $try of $tries)."
+    [[ $try -lt $tries ]] || unreached=yes
     [[ $try -eq $tries ]] || pause 15
   done
   name_failed "$node"

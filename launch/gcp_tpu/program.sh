@@ -124,8 +124,11 @@ cycle() {
       finish
     else
       examine
-      [[ $health == gone ]] || exit 1
-      say "$because: the slice was taken away."
+      if [[ $health == gone ]]; then
+        say "$because: the slice was taken away."
+      else
+        [[ -n $begun && -n $unreached ]] || exit 1
+      fi
     fi
     fresh=yes
   done

@@ -34,7 +34,7 @@ create() {
 }
 
 make() {
-  local try most=$tries words=("$name" "${where[@]}" "--accelerator-type=$type" "--labels=created-by=salt-jax,owner=$owner" "${network[@]}")
+  local try refused most=$tries words=("$name" "${where[@]}" "--accelerator-type=$type" "--labels=created-by=salt-jax,owner=$owner" "${network[@]}")
   [[ -z $tier ]] || words+=("$tier")
   if [[ -z $queued ]]; then
     words=(tpu-vm create "${words[@]}" "--version=$runtime")
@@ -49,8 +49,13 @@ make() {
       return 0
     fi
     explain_refusal
-    say "no capacity for $type in $zone (try $try of $most${keep:+, one a minute})."
+    say "$refused (try $try of $most${keep:+, one a minute})."
     [[ $try -eq $most ]] || pause 60
+    # What was asked for may be there although the answer was lost.
+    if [[ $refused == *network* ]]; then
+      examine
+      [[ $kind == none ]] || return 0
+    fi
   done
   [[ -z $keep ]] || die "$zone has had no capacity for $type for $minutes minutes; to go on later: $(resumption)" 8
   die "$zone has no capacity for $type now; try --queued, --spot or another zone. Nothing was created." 8
@@ -58,6 +63,11 @@ make() {
 
 # Returns only for what waiting can mend.
 explain_refusal() {
+  refused="no capacity for $type in $zone"
+  if [[ -n $keep && -n $begun && $said =~ $lost ]]; then
+    refused="no network to ask for $type in $zone"
+    return 0
+  fi
   case $said in
     *'no more capacity'* | *nsufficient*capacity*) ;;
     *[Qq]uota*) die "the project's quota does not allow $type in $zone (above). Queued resources that are suspended or failed count too: see \`list\`." 8 ;;
@@ -102,11 +112,12 @@ remove() {
   local try words=(tpu-vm delete "$name" "${where[@]}" --quiet)
   may_delete
   [[ $kind != queued ]] || words=(queued-resources delete "$name" "${where[@]}" --force --quiet)
-  for ((try = 1; try <= tries; try++)); do
+  for ((try = 1; ; try++)); do
     if act compute tpus "${words[@]}"; then
       return 0
     fi
-    [[ $try -eq $tries ]] || pause 30
+    again "$try" 30 "$said" || break
+    pause 30
   done
   die "$name was not deleted (above); it may still cost money."
 }

@@ -73,11 +73,11 @@ def parse(words):
   return command, names, flags
 
 
-def fail_if_due(command):
-  """Takes the first fault of this command from faults.json, and leaves as it says."""
+def fail_if_due(command, done):
+  """Takes the first fault of this command from faults.json, and leaves as it says, before or once it is `done`."""
   faults = load('faults.json', [])
   for fault in faults:
-    if fault['command'] == command and fault['times'] > 0:
+    if fault['command'] == command and fault['times'] > 0 and fault.get('done', False) == done:
       fault['skip'] = fault.get('skip', 0) - 1
       if fault['skip'] >= 0:
         break
@@ -394,10 +394,11 @@ def main():
     with open(STATE / 'calls.jsonl', 'a') as calls:
       calls.write(json.dumps(sys.argv[1:]) + '\n')
     command, names, flags = parse(sys.argv[1:])
-    fail_if_due(command)
+    fail_if_due(command, False)
     world = load('world.json', {'nodes': {}, 'queued': {}})
     code = COMMANDS[command](names, flags, world)
     save('world.json', world)
+    fail_if_due(command, True)
   sys.exit(code or 0)
 
 
