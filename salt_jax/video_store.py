@@ -7,6 +7,7 @@ Of each video the first `video.frames` frames at `video.fps` are taken, the midd
 import concurrent.futures
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -19,6 +20,8 @@ from salt_jax import captioned, codec, data, footage, hosts, precompute, tokens,
 from salt_jax import recipe as recipes
 from salt_jax.recipe import Recipe
 from salt_jax.store import Field, fill, sha256
+
+log = logging.getLogger(__name__)
 
 
 def _ahead(read: Callable, paths: Sequence[str]) -> Iterator[np.ndarray]:
@@ -64,7 +67,9 @@ def videos_and_prompts(config: ConfigDict, rec: Recipe, path: str, folder: str, 
   count, fps = config.video.frames, config.video.fps
   size = config.video.height, config.video.width
   decode = functools.partial(footage.check, count=count, fps=fps)
-  hosts.together(lambda: captioned.check(captioned.due(named, folder, batch), decode))
+  waiting = captioned.due(named, folder, batch)
+  log.info('%s: decoding %d videos to see that each can be read …', folder, len(waiting))
+  hosts.together(lambda: captioned.check(waiting, decode))
   facts = {
     'prompts': sha256(path),
     'videos': hosts.together(
