@@ -5,6 +5,7 @@ What stores of them are made of shares this; each prompt is a record, and `batch
 
 import concurrent.futures
 import hashlib
+import itertools
 import os
 from collections.abc import Callable, Sequence
 
@@ -76,8 +77,8 @@ def ends(path: str) -> str:
   return found.hexdigest()
 
 
-def digest(paths: Sequence[str], what: str, of: Callable[[str], str] = sha256) -> str:
-  """SHA-256 over `of` all files; `what` they are.
+def digest(named: Sequence[tuple[str, ...]], what: str, of: Callable[[str], str] = sha256) -> str:
+  """SHA-256 over `of` all that `files` gave; `what` they are.
 
   Raises:
     InputError: one that cannot be read.
@@ -90,7 +91,7 @@ def digest(paths: Sequence[str], what: str, of: Callable[[str], str] = sha256) -
       raise InputError(f'{path} cannot be read: put the {what} there.') from error
 
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    return hashlib.sha256(''.join(pool.map(one, paths)).encode()).hexdigest()
+    return hashlib.sha256(''.join(pool.map(one, itertools.chain(*named))).encode()).hexdigest()
 
 
 def tokens(rows: Sequence[tuple], length: int) -> dict[str, np.ndarray]:

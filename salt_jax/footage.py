@@ -48,8 +48,8 @@ def check(path: str, count: int, fps: float) -> None:
   Raises:
     InputError: as there.
   """
-  with _opened(path) as opened:
-    for _ in _chosen(path, opened, count, fps):
+  with _opened(path) as (file, stream):
+    for _ in _chosen(path, file, stream, count, fps):
       pass
 
 
@@ -71,17 +71,17 @@ def frames(
     InputError: no such file, no video, or one that ends before.
   """
   found = []
-  with _opened(path) as opened:
+  with _opened(path) as (file, stream):
     # Of a width that is not named FFmpeg says 0 or nothing.
-    wide = opened[1].sample_aspect_ratio or fractions.Fraction(1)
-    for frame, times in _chosen(path, opened, count, fps):
+    wide = stream.sample_aspect_ratio or fractions.Fraction(1)
+    for frame, times in _chosen(path, file, stream, count, fps):
       found += [_sized(frame, size, wide)] * times
   return np.stack(found)
 
 
-def _chosen(path: str, opened: tuple, count: int, fps: float) -> Iterator[tuple[Any, int]]:
+def _chosen(path: str, file, stream, count: int, fps: float) -> Iterator[tuple[Any, int]]:
   """Each frame that is shown at one of the first `count` ticks or more, and at how many."""
-  (file, stream), ticks, end = opened, 0, 0.0
+  ticks, end = 0, 0.0
   lasts = 1 / float(stream.average_rate or stream.guessed_rate or fps)
   for frame, end in _shown(path, file.decode(stream), lasts):
     times = min(count, math.ceil((end - _SLACK) * fps)) - ticks

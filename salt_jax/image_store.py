@@ -4,7 +4,6 @@ A batch has one shape, so of each picture the middle is taken, in the config's: 
 resized as torch does it. When sampling nothing is cut, and the video takes the picture's shape (`loading.fitted`).
 """
 
-import itertools
 from collections.abc import Sequence
 
 import jax
@@ -60,9 +59,7 @@ def pictures_and_prompts(
   hosts.together(lambda: captioned.check(captioned.due(pictures, folder, batch), video.read_image))
   facts = {
     'prompts': sha256(path),
-    'pictures': hosts.together(
-      lambda: captioned.digest(list(itertools.chain(*pictures)), 'picture')
-    ),
+    'pictures': hosts.together(lambda: captioned.digest(pictures, 'picture')),
     'video': dict(config.video),
     'tokenizer': words.digest,
     'encoders': {name: sha256(weights.resolve(config.weights[name])) for name in needed},

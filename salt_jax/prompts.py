@@ -9,8 +9,6 @@ from typing import NamedTuple
 
 from salt_jax.errors import InputError
 
-FIELDS = ('negative', 'image', 'last_image', 'video')
-
 
 class Entry(NamedTuple):
   """A prompt, what guidance steers away from if not from the config's negative prompt, and files it names."""
@@ -20,6 +18,9 @@ class Entry(NamedTuple):
   image: object = None
   last_image: object = None
   video: object = None
+
+
+FIELDS = Entry._fields[1:]
 
 
 def read(path: str) -> list[Entry]:

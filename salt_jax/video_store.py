@@ -6,7 +6,6 @@ Of each video the first `video.frames` frames at `video.fps` are taken, the midd
 
 import concurrent.futures
 import functools
-import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 
@@ -16,8 +15,18 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 
-from salt_jax import captioned, codec, data, footage, hosts, precompute, tokens, video, weights
-from salt_jax import recipe as recipes
+from salt_jax import (
+  captioned,
+  codec,
+  data,
+  footage,
+  hosts,
+  precompute,
+  recipe,
+  tokens,
+  video,
+  weights,
+)
 from salt_jax.recipe import Recipe
 from salt_jax.store import Field, fill, sha256
 
@@ -72,19 +81,18 @@ def videos_and_prompts(config: ConfigDict, rec: Recipe, path: str, folder: str, 
   hosts.together(lambda: captioned.check(waiting, decode))
   facts = {
     'prompts': sha256(path),
-    'videos': hosts.together(
-      lambda: captioned.digest(list(itertools.chain(*named)), 'video', captioned.ends)
-    ),
+    'videos': hosts.together(lambda: captioned.digest(named, 'video', captioned.ends)),
     'video': dict(config.video),
     'tokenizer': words.digest,
     'encoders': {'vae': sha256(weights.resolve(config.weights.vae))},
   }
-  latents = Field(recipes.latent_shape(config), 'float16')
-  encode, read = _encoder(config, rec), functools.partial(footage.frames, fps=fps, size=size)
+  latents = Field(recipe.latent_shape(config), 'float16')
+  encode = _encoder(config, rec)
+  read = functools.partial(footage.frames, count=count, fps=fps, size=size)
 
   def make(number):
     part = slice(number * batch, (number + 1) * batch)
-    clips = _ahead(lambda file: read(file, count), [file for (file,) in named[part]])
+    clips = _ahead(read, [file for (file,) in named[part]])
     return {'latents': np.stack([encode(clip) for clip in clips])} | captioned.tokens(
       rows[part], length
     )

@@ -204,6 +204,14 @@ def test_the_network_may_go_while_the_slice_is_made_again(cloud, command, times)
   assert ('no network to ask for v4-8' in text) == (command == 'create')
 
 
+def test_the_network_may_go_while_code_is_sent(cloud):
+  preempted(cloud)
+  cloud('install', 'pod', '--ship')
+  cloud.fail('tpu-vm scp', GONE, times=7)
+  cloud('run', 'pod', '--keep-going', '--', *FLAGS)
+  assert [record['key'] for record in cloud.ran()] == ['2.pod.0']
+
+
 def test_a_slice_whose_making_was_not_answered_is_found(cloud):
   preempted(cloud)
   cloud.fail('tpu-vm create', GONE, done=True)

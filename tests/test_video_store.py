@@ -126,7 +126,7 @@ def test_large_files_are_told_apart_by_their_size_and_ends(tmp_path):
     if place is not None:
       other[place] = 1
     path.write_bytes(other)
-    return captioned.digest([str(path)], 'video', captioned.ends)
+    return captioned.digest([(str(path),)], 'video', captioned.ends)
 
   changed = [digest(place) for place in (0, mib - 1, 2 * mib, 3 * mib - 1)]
   assert len({digest(), digest(more=1), *changed}) == 6

@@ -48,11 +48,14 @@ act() {
 lost="Unable to find the server|[Cc]onnection (aborted|refused|reset|timed out)|Max retries exceeded|[Nn]etwork is unreachable\
 |name resolution|gaierror|SSLError|EOF occurred|RemoteDisconnected|TransportError|problem refreshing your current auth tokens|UNAVAILABLE"
 
-# Whether to try again behind try $1, one every $2 seconds, that said $3: --tries times, but where the network is gone
-# what watches a run with --keep-going goes on for --minutes.
+# Whether what a call said is for waiting: the network is gone, and a run with --keep-going is watched.
+outlasted() {
+  [[ -n $keep && -n $begun && $1 =~ $lost ]]
+}
+
+# Whether to try again behind try $1, one every $2 seconds, that said $3: --tries times, or for --minutes where it is outlasted.
 again() {
-  (($1 >= tries)) || return 0
-  [[ -n $keep && -n $begun && $3 =~ $lost ]] && (($1 < tries + minutes * 60 / $2))
+  (($1 < tries)) || { outlasted "$3" && (($1 < tries + minutes * 60 / $2)); }
 }
 
 # Describes something into $facts, fields parted by |; empty if there is no such thing. No answer is not "none".
@@ -171,8 +174,8 @@ on_workers() {
       break
     fi
     say "$node: a worker could not be reached (try $try of $tries)."
-    [[ $try -lt $tries ]] || unreached=yes
-    [[ $try -eq $tries ]] || pause 15
+    [[ $try -lt $tries ]] || { unreached=yes && break; }
+    pause 15
   done
   name_failed "$node"
   return 1
@@ -194,6 +197,7 @@ send() {
     fi
     [[ $try -eq $tries ]] || pause 15
   done
+  unreached=yes
   return 1
 }
 

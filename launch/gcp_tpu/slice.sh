@@ -49,23 +49,23 @@ make() {
       return 0
     fi
     explain_refusal
-    say "$refused (try $try of $most${keep:+, one a minute})."
+    say "no $refused for $type in $zone (try $try of $most${keep:+, one a minute})."
     [[ $try -eq $most ]] || pause 60
     # What was asked for may be there although the answer was lost.
-    if [[ $refused == *network* ]]; then
+    if [[ $refused != capacity ]]; then
       examine
       [[ $kind == none ]] || return 0
     fi
   done
-  [[ -z $keep ]] || die "$zone has had no capacity for $type for $minutes minutes; to go on later: $(resumption)" 8
+  [[ -z $keep ]] || die "$zone has had no $refused for $type for $minutes minutes; to go on later: $(resumption)" 8
   die "$zone has no capacity for $type now; try --queued, --spot or another zone. Nothing was created." 8
 }
 
-# Returns only for what waiting can mend.
+# Returns only for what waiting can mend: what there is none of, into $refused.
 explain_refusal() {
-  refused="no capacity for $type in $zone"
-  if [[ -n $keep && -n $begun && $said =~ $lost ]]; then
-    refused="no network to ask for $type in $zone"
+  refused=capacity
+  if outlasted "$said"; then
+    refused='network to ask'
     return 0
   fi
   case $said in
